@@ -1,0 +1,1 @@
+"""Hashing, validation and storage of files."""

@@ -1,0 +1,1 @@
+"""The job types: their parameters (pure) and the code that runs on the GPU."""

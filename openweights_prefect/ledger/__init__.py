@@ -1,0 +1,1 @@
+"""The ledger: one PostgreSQL schema, reached through `call()`."""

@@ -1,0 +1,1 @@
+"""Prefect: deployments, flow runs, states, artifacts, cache policy."""

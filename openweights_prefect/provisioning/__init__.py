@@ -1,0 +1,1 @@
+"""Pods: the provider, hardware, placement."""

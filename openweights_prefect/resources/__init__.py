@@ -1,0 +1,1 @@
+"""The nouns of the SDK: `ow.files`, `ow.jobs`, `ow.runs`, ..."""

@@ -1,0 +1,1 @@
+"""Inside a run: the current run, its event spool, its child process. Standard library only."""

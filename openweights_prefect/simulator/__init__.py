@@ -1,0 +1,1 @@
+"""A simulated RunPod: REST v2 whose pods are local processes."""

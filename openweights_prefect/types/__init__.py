@@ -1,0 +1,1 @@
+"""Frozen value objects and identities: no I/O."""

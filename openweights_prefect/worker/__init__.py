@@ -1,0 +1,1 @@
+"""The Prefect worker of type `runpod`."""
