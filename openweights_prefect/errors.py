@@ -1,17 +1,17 @@
 """Every error a user can meet, in one tree.
 
-    OpenWeightsError
-    ├── ConfigurationError      a setting is missing or wrong
-    ├── InvalidRequestError     what was asked for cannot be done as asked
-    │   ├── InvalidParameterError   a parameter has a bad value
-    │   └── InvalidFileError        a data file does not have the format of its purpose
-    ├── NotFoundError           no such job, run, file or pod in this organization
-    ├── ConflictError           the thing is not in a state that allows this
-    ├── JobFailed               `job.wait()` ended with a failed or canceled job
-    ├── WaitTimeout             `job.wait(timeout=...)` ran out of time; the job goes on
-    ├── LedgerUnavailable       the ledger did not answer in time
-    ├── StackError              the local stack could not start or stop
-    └── ProviderError           RunPod refused or did not answer (see provisioning.provider)
+OpenWeightsError
+├── ConfigurationError      a setting is missing or wrong
+├── InvalidRequestError     what was asked for cannot be done as asked
+│   ├── InvalidParameterError   a parameter has a bad value
+│   └── InvalidFileError        a data file does not have the format of its purpose
+├── NotFoundError           no such job, run, file or pod in this organization
+├── ConflictError           the thing is not in a state that allows this
+├── JobFailed               `job.wait()` ended with a failed or canceled job
+├── WaitTimeout             `job.wait(timeout=...)` ran out of time; the job goes on
+├── LedgerUnavailable       the ledger did not answer in time
+├── StackError              the local stack could not start or stop
+└── ProviderError           RunPod refused or did not answer (see provisioning.provider)
 """
 
 from __future__ import annotations

@@ -1,0 +1,295 @@
+-- What the SDK calls: files, jobs, runs, events, logs. Every function answers with JSON rows.
+
+create function private.notify(channel text, payload text) returns void
+language sql
+set search_path = ''
+as $$ select pg_notify(channel, payload) $$;
+
+-- Wakes the workers of the control plane.
+create function private.wake_workers() returns void
+language sql
+set search_path = ''
+as $$ select pg_notify('ow_control', private.my_org()::text) $$;
+
+-- Files ---------------------------------------------------------------------------------------
+
+create function public.register_file(file jsonb) returns setof jsonb
+language plpgsql
+set search_path = ''
+as $$
+begin
+    insert into public.files (id, organization_id, purpose, filename, bytes, sha256)
+    values (file ->> 'id', private.my_org(), file ->> 'purpose', file ->> 'filename',
+            (file ->> 'bytes')::bigint, file ->> 'sha256')
+    on conflict (id) do nothing;
+    return query select to_jsonb(f) from public.files f where f.id = file ->> 'id';
+end
+$$;
+
+create function public.get_files(ids text[]) returns setof jsonb
+language sql stable
+set search_path = ''
+as $$ select to_jsonb(f) from public.files f where f.id = any (ids) $$;
+
+create function public.list_files(for_purpose text default null, max_rows int default 100, after_id text default null)
+returns setof jsonb
+language sql stable
+set search_path = ''
+as $$
+    select to_jsonb(f) from public.files f
+    where (for_purpose is null or f.purpose = for_purpose)
+      and (after_id is null or (f.created_at, f.id) < (select a.created_at, a.id from public.files a where a.id = after_id))
+    order by f.created_at desc, f.id desc
+    limit max_rows
+$$;
+
+-- Refuses while an unfinished job reads the file.
+create function public.delete_file(file_id text) returns setof jsonb
+language plpgsql
+set search_path = ''
+as $$
+declare
+    used_by text := (select j.id from public.jobs j
+                     where j.status in ('pending', 'in_progress') and file_id = any (j.files) limit 1);
+begin
+    if used_by is not null then
+        return query select jsonb_build_object('outcome', 'in_use', 'job_id', used_by);
+        return;
+    end if;
+    delete from public.files f where f.id = file_id;
+    return query select jsonb_build_object('outcome', case when found then 'deleted' else 'not_found' end);
+end
+$$;
+
+-- Jobs ----------------------------------------------------------------------------------------
+
+-- Puts a job back to pending with a fresh attempt; the row must be locked by the caller.
+create function private.reset_job(for_job text) returns void
+language sql
+set search_path = ''
+as $$
+    update public.jobs
+    set status = 'pending', attempt = attempt + 1, outputs = null, error = null, pending_reason = null,
+        cancel_requested = false, failed_attempts = 0, lost_attempts = 0, started_at = null, finished_at = null
+    where id = for_job
+$$;
+
+-- One transaction says new, joined, completed, reset, or which files are missing (then nothing is stored).
+create function public.submit_job(job jsonb) returns setof jsonb
+language plpgsql
+set search_path = ''
+as $$
+declare
+    wanted public.jobs := jsonb_populate_record(null::public.jobs, job);
+    missing text[];
+    held public.jobs;
+    answer text;
+begin
+    select * into held from public.jobs j where j.id = wanted.id for update;
+    if not found then
+        select array_agg(f) into missing from unnest(coalesce(wanted.files, '{}')) f
+        where not exists (select 1 from public.files known where known.id = f);
+        if missing is not null then
+            return query select jsonb_build_object('outcome', 'missing_files', 'missing', to_jsonb(missing));
+            return;
+        end if;
+        insert into public.jobs (id, organization_id, type, model, params, mounts, files, entrypoint, docker_image,
+            requires_vram_gb, allowed_hardware, max_price_per_hour, priority, timeout_seconds, retries, env)
+        values (wanted.id, private.my_org(), wanted.type, wanted.model, coalesce(wanted.params, '{}'),
+            coalesce(wanted.mounts, '{}'), coalesce(wanted.files, '{}'), wanted.entrypoint, wanted.docker_image,
+            coalesce(wanted.requires_vram_gb, 0), wanted.allowed_hardware, wanted.max_price_per_hour,
+            coalesce(wanted.priority, 0), wanted.timeout_seconds, coalesce(wanted.retries, 0),
+            coalesce(wanted.env, '{}'))
+        on conflict (id) do nothing;
+        answer := case when found then 'new' end;
+        select * into held from public.jobs j where j.id = wanted.id for update;
+    end if;
+    if answer is null then
+        answer := case held.status when 'completed' then 'completed'
+                                   when 'failed' then 'reset'
+                                   when 'canceled' then 'reset'
+                                   else 'joined' end;
+        if answer = 'reset' then
+            perform private.reset_job(held.id);
+        end if;
+    end if;
+    if answer in ('new', 'reset') then
+        perform private.wake_workers();
+    end if;
+    return query select jsonb_build_object('outcome', answer, 'job', to_jsonb(j)) from public.jobs j where j.id = wanted.id;
+end
+$$;
+
+create function public.get_job(job_id text) returns setof jsonb
+language sql stable
+set search_path = ''
+as $$ select to_jsonb(j) from public.jobs j where j.id = job_id $$;
+
+create function public.list_jobs(
+    with_status text default null, with_type text default null, max_rows int default 10, after_id text default null
+) returns setof jsonb
+language sql stable
+set search_path = ''
+as $$
+    select to_jsonb(j) from public.jobs j
+    where (with_status is null or j.status = with_status)
+      and (with_type is null or j.type = with_type)
+      and (after_id is null or (j.created_at, j.id) < (select a.created_at, a.id from public.jobs a where a.id = after_id))
+    order by j.created_at desc, j.id desc
+    limit max_rows
+$$;
+
+-- Jobs whose parameters hold every given key with that value, at any depth; an object matches by containment.
+create function public.find_jobs(wanted jsonb, max_rows int default 100, after_id text default null) returns setof jsonb
+language sql stable
+set search_path = ''
+as $$
+    select to_jsonb(j) from public.jobs j
+    where not exists (
+        select 1 from jsonb_each(wanted) as w
+        where not exists (
+            select 1 from jsonb_path_query(j.params, format('$.**.%s', to_json(w.key))::jsonpath) as held
+            where held = w.value or (jsonb_typeof(w.value) = 'object' and held @> w.value)))
+      and (after_id is null or (j.created_at, j.id) < (select a.created_at, a.id from public.jobs a where a.id = after_id))
+    order by j.created_at desc, j.id desc
+    limit max_rows
+$$;
+
+-- A waiting job is canceled at once; a running one is asked to stop and its pod is told.
+create function public.cancel_job(job_id text) returns setof jsonb
+language plpgsql
+set search_path = ''
+as $$
+declare
+    held public.jobs;
+    answer text;
+begin
+    select * into held from public.jobs j where j.id = job_id for update;
+    if not found then
+        return query select jsonb_build_object('outcome', 'not_found');
+        return;
+    end if;
+    if held.status = 'pending' then
+        update public.jobs j set status = 'canceled', finished_at = now(), pending_reason = null where j.id = held.id;
+        update public.runs r set status = 'canceled', finished_at = now()
+        where r.job_id = held.id and r.status = 'pending';
+        perform private.notify('ow_job', held.id);
+        answer := 'canceled';
+    elsif held.status = 'in_progress' then
+        update public.jobs j set cancel_requested = true where j.id = held.id;
+        perform private.notify('ow_pod', r.worker_id) from public.runs r
+        where r.job_id = held.id and r.status = 'in_progress';
+        answer := 'canceling';
+    else
+        answer := 'refused';
+    end if;
+    perform private.wake_workers();
+    return query select jsonb_build_object('outcome', answer, 'job', to_jsonb(j)) from public.jobs j where j.id = held.id;
+end
+$$;
+
+create function public.restart_job(job_id text) returns setof jsonb
+language plpgsql
+set search_path = ''
+as $$
+declare
+    held public.jobs;
+    answer text := 'refused';
+begin
+    select * into held from public.jobs j where j.id = job_id for update;
+    if not found then
+        return query select jsonb_build_object('outcome', 'not_found');
+        return;
+    end if;
+    if held.status in ('failed', 'canceled') then
+        perform private.reset_job(held.id);
+        perform private.wake_workers();
+        answer := 'reset';
+    elsif held.status = 'pending' then
+        answer := 'reset';
+    end if;
+    return query select jsonb_build_object('outcome', answer, 'job', to_jsonb(j)) from public.jobs j where j.id = held.id;
+end
+$$;
+
+-- Runs, events, logs --------------------------------------------------------------------------
+
+create function public.get_run(run_id uuid) returns setof jsonb
+language sql stable
+set search_path = ''
+as $$ select to_jsonb(r) from public.runs r where r.id = run_id $$;
+
+-- The newest `max_rows`, oldest of them first.
+create function public.list_runs(
+    for_job text default null, for_worker text default null, with_status text default null, max_rows int default 100
+) returns setof jsonb
+language sql stable
+set search_path = ''
+as $$
+    select to_jsonb(newest) from (
+        select r.* from public.runs r
+        where (for_job is null or r.job_id = for_job)
+          and (for_worker is null or r.worker_id = for_worker)
+          and (with_status is null or r.status = with_status)
+        order by r.created_at desc, r.attempt desc
+        limit max_rows) as newest
+    order by newest.created_at, newest.attempt
+$$;
+
+create function public.list_events(
+    for_job text default null, for_run uuid default null, after_id bigint default 0, max_rows int default 1000
+) returns setof jsonb
+language sql stable
+set search_path = ''
+as $$
+    select to_jsonb(e) - 'organization_id' from public.events e
+    where e.run_id in (select r.id from public.runs r
+                       where (for_run is null or r.id = for_run) and (for_job is null or r.job_id = for_job))
+      and e.id > after_id
+    order by e.id
+    limit max_rows
+$$;
+
+-- The newest non-null value per field; all fields when none is named.
+create function public.latest_events(fields text[] default null, for_job text default null, for_run uuid default null)
+returns setof jsonb
+language sql stable
+set search_path = ''
+as $$
+    select coalesce(jsonb_object_agg(newest.key, newest.value), '{}') from (
+        select distinct on (d.key) d.key, d.value
+        from public.events e, jsonb_each(e.data) as d
+        where e.run_id in (select r.id from public.runs r
+                           where (for_run is null or r.id = for_run) and (for_job is null or r.job_id = for_job))
+          and d.value <> 'null'::jsonb and (fields is null or d.key = any (fields))
+        order by d.key, e.id desc) as newest
+$$;
+
+-- Pieces of a run's log that end after `after_offset`, in order.
+create function public.read_log(for_run uuid, after_offset bigint default 0, max_rows int default 100) returns setof jsonb
+language sql stable
+set search_path = ''
+as $$
+    select jsonb_build_object('start_offset', c.start_offset, 'end_offset', c.end_offset, 'content', c.content)
+    from public.log_chunks c
+    where c.run_id = for_run and c.end_offset > after_offset
+    order by c.start_offset
+    limit max_rows
+$$;
+
+create function public.list_workers(with_status text[] default null, max_rows int default 100, after_id text default null)
+returns setof jsonb
+language sql stable
+set search_path = ''
+as $$
+    select to_jsonb(w) - 'token_hash' - 'boot' from public.worker w
+    where (with_status is null or w.status = any (with_status))
+      and (after_id is null or (w.created_at, w.id) < (select a.created_at, a.id from public.worker a where a.id = after_id))
+    order by w.created_at desc, w.id desc
+    limit max_rows
+$$;
+
+create function public.ping() returns setof jsonb
+language sql stable
+set search_path = ''
+as $$ select jsonb_build_object('organization_id', private.my_org(), 'server_version', current_setting('server_version')) $$;

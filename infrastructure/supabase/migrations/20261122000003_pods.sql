@@ -1,0 +1,269 @@
+-- What a pod's agent calls: its lease, the run it holds, and what the run produces.
+-- Locks are always taken in the order job, run, worker. A stale caller gets an answer, never an error.
+
+-- Ends a run whose pod is gone; its job goes back to pending until three pods in a row were lost.
+create function private.lose_run(for_run uuid, why text) returns void
+language plpgsql
+set search_path = ''
+as $$
+declare
+    held public.jobs;
+begin
+    select j.* into held from public.jobs j join public.runs r on r.job_id = j.id where r.id = for_run for update of j;
+    update public.runs r set status = 'lost', error = why, finished_at = now()
+    where r.id = for_run and r.status = 'in_progress';
+    if not found or held.status <> 'in_progress' then
+        return;
+    end if;
+    update public.jobs j
+    set lost_attempts = j.lost_attempts + 1,
+        status = case when j.cancel_requested then 'canceled'
+                      when j.lost_attempts + 1 >= 3 then 'failed' else 'pending' end,
+        attempt = case when j.cancel_requested or j.lost_attempts + 1 >= 3 then j.attempt else j.attempt + 1 end,
+        error = case when not j.cancel_requested and j.lost_attempts + 1 >= 3
+                     then 'Lost 3 pods in a row; the last one: ' || why end,
+        finished_at = case when j.cancel_requested or j.lost_attempts + 1 >= 3 then now() end,
+        started_at = case when j.cancel_requested or j.lost_attempts + 1 >= 3 then j.started_at end
+    where j.id = held.id;
+    perform private.notify('ow_job', held.id);
+    perform private.wake_workers();
+end
+$$;
+
+-- Takes the lease of a pod for the process `as_boot`. What an earlier process of the pod held is lost.
+create function public.register_pod(for_worker text, token text, as_boot uuid, lease_seconds int, models text[])
+returns setof jsonb
+language plpgsql
+set search_path = ''
+as $$
+declare
+    held public.worker;
+begin
+    select * into held from public.worker w where w.id = for_worker;
+    if not found or held.token_hash <> encode(sha256(convert_to(token, 'UTF8')), 'hex') then
+        return query select jsonb_build_object('outcome', 'refused');
+        return;
+    end if;
+    if held.run_id is not null and held.boot is distinct from as_boot then
+        perform private.lose_run(held.run_id, 'the agent of pod ' || for_worker || ' restarted');
+    end if;
+    update public.worker w
+    set status = 'active', boot = as_boot, run_id = null, heartbeat_at = now(), active_at = coalesce(w.active_at, now()),
+        idle_since = now(), cached_models = models, lease_expires_at = now() + make_interval(secs => lease_seconds)
+    where w.id = for_worker and w.status in ('starting', 'active', 'busy');
+    if not found then
+        return query select jsonb_build_object('outcome', 'shutdown');
+        return;
+    end if;
+    perform private.wake_workers();
+    return query select jsonb_build_object('outcome', 'registered', 'deadline_at', extract(epoch from w.deadline_at),
+                                           'gpu_count', w.gpu_count)
+                 from public.worker w where w.id = for_worker;
+end
+$$;
+
+-- True when the pod may run the job.
+create function private.fits(job public.jobs, pod public.worker) returns boolean
+language sql stable
+set search_path = ''
+as $$
+    select pod.docker_image = job.docker_image
+       and case when job.allowed_hardware is null then job.requires_vram_gb <= pod.vram_gb
+                else pod.hardware = any (job.allowed_hardware) end
+       and (job.max_price_per_hour is null or pod.price_per_hour <= job.max_price_per_hour)
+$$;
+
+-- The call of every heartbeat. Brings back whether to stop, and the run to claim next:
+-- the one hinted at this pod, else the first that fits and was not hinted at another one just now.
+create function public.renew_lease(for_worker text, as_boot uuid, lease_seconds int, models text[]) returns setof jsonb
+language plpgsql
+set search_path = ''
+as $$
+declare
+    pod public.worker;
+    cancel boolean;
+    next_run uuid;
+begin
+    update public.worker w
+    set heartbeat_at = now(), lease_expires_at = now() + make_interval(secs => lease_seconds), cached_models = models
+    where w.id = for_worker and w.boot = as_boot and w.status in ('active', 'busy', 'draining')
+    returning * into pod;
+    if not found then
+        return query select jsonb_build_object('fenced', true);
+        return;
+    end if;
+    if pod.run_id is not null then
+        select j.cancel_requested into cancel from public.jobs j join public.runs r on r.job_id = j.id where r.id = pod.run_id;
+    elsif pod.status = 'active' and not pod.shutdown_requested then
+        select r.id into next_run
+        from public.runs r join public.jobs j on j.id = r.job_id
+        where r.status = 'pending' and j.status = 'pending' and private.fits(j, pod)
+          and (r.hinted_worker_id is null or r.hinted_worker_id = pod.id or r.hinted_at < now() - interval '10 seconds')
+        order by (r.hinted_worker_id is not distinct from pod.id) desc, j.priority desc, r.created_at
+        limit 1;
+    end if;
+    return query select jsonb_build_object('fenced', false, 'shutdown', pod.shutdown_requested or pod.status = 'draining',
+        'cancel', coalesce(cancel, false), 'run_id', pod.run_id, 'next_run', next_run,
+        'deadline_at', extract(epoch from pod.deadline_at));
+end
+$$;
+
+-- Makes the holder of the lease the executor of the run. The one gate to execution.
+create function public.open_run(for_run uuid, for_worker text, as_boot uuid) returns setof jsonb
+language plpgsql
+set search_path = ''
+as $$
+declare
+    held_job public.jobs;
+    held_run public.runs;
+    pod public.worker;
+    refusal text;
+begin
+    select j.* into held_job from public.jobs j join public.runs r on r.job_id = j.id where r.id = for_run for update of j;
+    select * into held_run from public.runs r where r.id = for_run for update;
+    select * into pod from public.worker w where w.id = for_worker for update;
+    refusal := case
+        when held_run.id is null then 'unknown run'
+        when held_run.status = 'in_progress' and held_run.boot = as_boot then null
+        when held_run.status <> 'pending' then 'the run is ' || held_run.status
+        when held_job.status <> 'pending' then 'the job is ' || held_job.status
+        when held_run.attempt <> held_job.attempt then 'a newer attempt exists'
+        when pod.boot is distinct from as_boot or pod.lease_expires_at < now() then 'the lease is lost'
+        when pod.status <> 'active' or pod.shutdown_requested then 'the pod is ' || pod.status
+        when not private.fits(held_job, pod) then 'the pod does not fit'
+    end;
+    if refusal is not null then
+        return query select jsonb_build_object('outcome', 'refused', 'reason', refusal);
+        return;
+    end if;
+    update public.runs r set status = 'in_progress', worker_id = for_worker, boot = as_boot, started_at = coalesce(r.started_at, now())
+    where r.id = for_run;
+    update public.jobs j set status = 'in_progress', started_at = coalesce(j.started_at, now()), pending_reason = null
+    where j.id = held_job.id;
+    update public.worker w set status = 'busy', run_id = for_run, idle_since = null where w.id = for_worker;
+    perform private.notify('ow_job', held_job.id);
+    return query select jsonb_build_object('outcome', 'opened', 'job', to_jsonb(j), 'attempt', held_run.attempt, 'gpu_count', pod.gpu_count,
+        'file_names', (select coalesce(jsonb_object_agg(f.id, f.filename), '{}') from public.files f where f.id = any (j.files)))
+    from public.jobs j where j.id = held_job.id;
+end
+$$;
+
+-- Stores a batch whose first event is number `first_sequence` of the run; what is already stored is skipped.
+create function public.append_events(for_run uuid, as_boot uuid, first_sequence bigint, batch jsonb) returns setof jsonb
+language plpgsql
+set search_path = ''
+as $$
+declare
+    held public.runs;
+begin
+    select * into held from public.runs r
+    where r.id = for_run and r.boot = as_boot and r.status = 'in_progress' for update;
+    if not found then
+        return query select jsonb_build_object('outcome', 'stale');
+        return;
+    end if;
+    if first_sequence > held.next_sequence then
+        return query select jsonb_build_object('outcome', 'gap', 'next_sequence', held.next_sequence);
+        return;
+    end if;
+    insert into public.events (organization_id, run_id, sequence, created_at, data, file)
+    select held.organization_id, held.id, first_sequence + e.number - 1,
+           coalesce(to_timestamp((e.item ->> 'at')::double precision), now()), e.item -> 'data', e.item ->> 'file'
+    from jsonb_array_elements(batch) with ordinality as e (item, number)
+    where first_sequence + e.number - 1 >= held.next_sequence
+    order by e.number;
+    update public.runs r
+    set next_sequence = greatest(held.next_sequence, first_sequence + jsonb_array_length(batch))
+    where r.id = held.id;
+    return query select jsonb_build_object('outcome', 'stored', 'next_sequence', r.next_sequence)
+                 from public.runs r where r.id = held.id;
+end
+$$;
+
+create function public.append_log(for_run uuid, as_boot uuid, from_offset bigint, to_offset bigint, piece text)
+returns setof jsonb
+language plpgsql
+set search_path = ''
+as $$
+declare
+    held public.runs;
+begin
+    select * into held from public.runs r
+    where r.id = for_run and r.boot = as_boot and r.status = 'in_progress' for update;
+    if not found then
+        return query select jsonb_build_object('outcome', 'stale');
+        return;
+    end if;
+    if from_offset = held.log_bytes then
+        insert into public.log_chunks (organization_id, run_id, start_offset, end_offset, content)
+        values (held.organization_id, held.id, from_offset, to_offset, piece);
+        update public.runs r set log_bytes = to_offset where r.id = held.id;
+    end if;
+    return query select jsonb_build_object('outcome', 'stored', 'log_bytes', r.log_bytes) from public.runs r where r.id = held.id;
+end
+$$;
+
+-- Ends a run under its lease: run, job, outputs and pod in one transaction. `result` is completed, failed, canceled or lost.
+create function public.finish_run(
+    for_run uuid, as_boot uuid, result text, why text default null, log_file_id text default null,
+    result_outputs jsonb default null
+) returns setof jsonb
+language plpgsql
+set search_path = ''
+as $$
+declare
+    held_job public.jobs;
+    held_run public.runs;
+    again boolean;
+begin
+    select j.* into held_job from public.jobs j join public.runs r on r.job_id = j.id where r.id = for_run for update of j;
+    select * into held_run from public.runs r where r.id = for_run and r.boot = as_boot for update;
+    if held_run.id is null or held_run.status <> 'in_progress' then
+        return query select jsonb_build_object('outcome', 'stale', 'status', held_run.status);
+        return;
+    end if;
+    update public.runs r set log_file = log_file_id where r.id = for_run;
+    if result = 'lost' then
+        perform private.lose_run(for_run, why);
+    else
+        again := result = 'failed' and not held_job.cancel_requested and held_job.failed_attempts < held_job.retries;
+        update public.runs r set status = result, error = why, finished_at = now() where r.id = for_run;
+        update public.jobs j
+        set status = case when again then 'pending' else result end,
+            attempt = j.attempt + again::int,
+            failed_attempts = j.failed_attempts + (result = 'failed')::int,
+            lost_attempts = 0,
+            error = case when again then null else why end,
+            outputs = case when result = 'completed' then 
+                      coalesce(result_outputs, (select o from public.latest_events(null, null, for_run) as o)) end,
+            started_at = case when again then null else j.started_at end,
+            finished_at = case when again then null else now() end
+        where j.id = held_job.id and j.status = 'in_progress';
+    end if;
+    update public.worker w
+    set status = case when w.status = 'busy' then 'active' else w.status end, run_id = null, idle_since = now(),
+        cached_models = case when held_job.model is null or held_job.model = any (w.cached_models) then w.cached_models
+                             else w.cached_models || held_job.model end
+    where w.id = held_run.worker_id and w.run_id = for_run;
+    perform private.notify('ow_job', held_job.id);
+    perform private.wake_workers();
+    return query select jsonb_build_object('outcome', 'finished', 'job', to_jsonb(j)) from public.jobs j where j.id = held_job.id;
+end
+$$;
+
+-- The pod asks to end. Refused while it holds a run or was hinted at one just now, unless `forced`.
+create function public.release_pod(for_worker text, as_boot uuid, why text, forced boolean default false) returns setof jsonb
+language plpgsql
+set search_path = ''
+as $$
+begin
+    update public.worker w set status = 'draining', reason = why
+    where w.id = for_worker and w.boot = as_boot and w.run_id is null and w.status in ('active', 'draining')
+      and (forced or not exists (select 1 from public.runs r where r.status = 'pending' and r.hinted_worker_id = w.id
+                                 and r.hinted_at > now() - interval '10 seconds'));
+    if found then
+        perform private.wake_workers();
+    end if;
+    return query select jsonb_build_object('outcome', case when found then 'draining' else 'refused' end);
+end
+$$;

@@ -1,0 +1,244 @@
+-- What the control plane calls: flow runs for jobs, hints, the fleet, and the reconciler.
+
+-- Everything that one pass of the worker looks at.
+create function public.control_snapshot(max_waiting int default 100) returns setof jsonb
+language sql stable
+set search_path = ''
+as $$
+    with waiting as (
+        select j.id as job_id, r.id as run_id, j.attempt, j.type, j.model, j.params, j.mounts, j.entrypoint,
+               j.docker_image, j.requires_vram_gb,
+               j.allowed_hardware, j.max_price_per_hour, j.priority, j.created_at, j.pending_reason,
+               r.hinted_worker_id, extract(epoch from now() - r.hinted_at) as hinted_seconds_ago
+        from public.jobs j left join public.runs r on r.job_id = j.id and r.attempt = j.attempt
+        where j.status = 'pending'
+        order by j.priority desc, j.created_at
+        limit max_waiting)
+    select jsonb_build_object(
+        'waiting', (select coalesce(jsonb_agg(to_jsonb(waiting) order by priority desc, created_at), '[]') from waiting),
+        'pods', (select coalesce(jsonb_agg(to_jsonb(w) - 'token_hash' || jsonb_build_object(
+                     'age_seconds', extract(epoch from now() - w.created_at),
+                     'overdue_seconds', extract(epoch from now() - w.deadline_at)) order by w.created_at), '[]')
+                 from public.worker w where w.status <> 'terminated'),
+        'unmirrored', (select coalesce(jsonb_agg(jsonb_build_object('run_id', r.id, 'job_id', r.job_id, 'status', r.status,
+                           'error', r.error) order by r.finished_at), '[]')
+                       from (select * from public.runs u where not u.mirrored
+                               and (u.status in ('lost', 'canceled')
+                                    or (u.status in ('completed', 'failed') and u.finished_at < now() - interval '10 seconds'))
+                             order by u.finished_at limit 100) as r))
+$$;
+
+-- Ties a flow run to the attempt that it is for.
+create function public.record_flow_run(for_job text, for_attempt int, flow_run uuid) returns setof jsonb
+language plpgsql
+set search_path = ''
+as $$
+declare
+    held public.jobs;
+begin
+    select * into held from public.jobs j where j.id = for_job for update;
+    if held.status = 'pending' and held.attempt = for_attempt then
+        insert into public.runs (id, organization_id, job_id, attempt)
+        values (flow_run, held.organization_id, for_job, for_attempt)
+        on conflict do nothing;
+    end if;
+    return query select jsonb_build_object('outcome', case when exists (
+        select 1 from public.runs r where r.id = flow_run and r.job_id = for_job and r.attempt = for_attempt)
+        then 'recorded' else 'stale' end);
+end
+$$;
+
+-- A flow run that somebody else created (a schedule, the Prefect UI, `prefect deployment run`) for a job:
+-- adopted as its attempt, or following the run that exists, or answered from the finished job.
+create function public.adopt_flow_run(job jsonb, flow_run uuid, created timestamptz) returns setof jsonb
+language plpgsql
+set search_path = ''
+as $$
+declare
+    held public.jobs;
+    submitted jsonb;
+begin
+    select * into held from public.jobs j where j.id = job ->> 'id' for update;
+    if held.status in ('failed', 'canceled') and held.finished_at > created then
+        return query select jsonb_build_object('outcome', held.status, 'job', to_jsonb(held));
+        return;
+    end if;
+    select s into submitted from public.submit_job(job) as s;
+    if submitted ->> 'outcome' in ('missing_files', 'completed') then
+        return query select submitted;
+        return;
+    end if;
+    if (select o ->> 'outcome' from public.record_flow_run(job ->> 'id', (submitted -> 'job' ->> 'attempt')::int, flow_run) as o) = 'recorded' then
+        perform private.wake_workers();
+        return query select jsonb_set(submitted, '{outcome}', '"adopted"');
+    else
+        return query select jsonb_set(submitted, '{outcome}', '"following"');
+    end if;
+end
+$$;
+
+-- Points waiting runs at idle pods: `hints` maps run ids to worker ids.
+create function public.hint_runs(hints jsonb) returns setof jsonb
+language plpgsql
+set search_path = ''
+as $$
+begin
+    update public.runs r set hinted_worker_id = h.value, hinted_at = now()
+    from jsonb_each_text(hints) as h
+    where r.id = h.key::uuid and r.status = 'pending';
+    perform private.notify('ow_pod', h.value) from jsonb_each_text(hints) as h;
+    return query select jsonb_build_object('outcome', 'hinted');
+end
+$$;
+
+create function public.set_pending_reasons(reasons jsonb) returns setof jsonb
+language plpgsql
+set search_path = ''
+as $$
+begin
+    update public.jobs j set pending_reason = r.value
+    from jsonb_each_text(reasons) as r
+    where j.id = r.key and j.status = 'pending' and j.pending_reason is distinct from r.value;
+    return query select jsonb_build_object('outcome', 'set');
+end
+$$;
+
+-- A job that can never run: fails while it waits.
+create function public.fail_pending_job(for_job text, why text) returns setof jsonb
+language plpgsql
+set search_path = ''
+as $$
+begin
+    update public.jobs j set status = 'failed', error = why, finished_at = now(), pending_reason = null
+    where j.id = for_job and j.status = 'pending';
+    if found then
+        update public.runs r set status = 'failed', error = why, finished_at = now()
+        where r.job_id = for_job and r.status = 'pending';
+        perform private.notify('ow_job', for_job);
+    end if;
+    return query select jsonb_build_object('outcome', case when found then 'failed' else 'refused' end);
+end
+$$;
+
+-- The row that must exist before a pod is bought. Counted under a lock, so that the limit holds for all workers together.
+create function public.intend_pod(pod jsonb, token text, ttl_seconds double precision, max_pods int) returns setof jsonb
+language plpgsql
+set search_path = ''
+as $$
+declare
+    org uuid := private.my_org();
+    wanted public.worker := jsonb_populate_record(null::public.worker, pod);
+begin
+    perform pg_advisory_xact_lock(hashtextextended('ow_pods:' || org::text, 0));
+    if (select count(*) from public.worker w where w.organization_id = org and w.status <> 'terminated') >= max_pods then
+        return query select jsonb_build_object('outcome', 'limit');
+        return;
+    end if;
+    insert into public.worker (id, organization_id, docker_image, hardware, gpu_type, gpu_count, vram_gb, cloud,
+                               price_per_hour, token_hash, deadline_at)
+    values (wanted.id, org, wanted.docker_image, wanted.hardware, wanted.gpu_type, wanted.gpu_count, wanted.vram_gb,
+            wanted.cloud, wanted.price_per_hour, encode(sha256(convert_to(token, 'UTF8')), 'hex'),
+            now() + make_interval(secs => ttl_seconds))
+    on conflict (id) do nothing;
+    return query select jsonb_build_object('outcome', 'intended', 'deadline_at', extract(epoch from w.deadline_at))
+                 from public.worker w where w.id = wanted.id;
+end
+$$;
+
+-- The provider's id and price of a pod that was bought or adopted.
+create function public.record_pod(for_worker text, provider_id text, price numeric) returns setof jsonb
+language plpgsql
+set search_path = ''
+as $$
+begin
+    update public.worker w set pod_id = provider_id, price_per_hour = price
+    where w.id = for_worker and w.status <> 'terminated' and (w.pod_id is null or w.pod_id = provider_id);
+    return query select jsonb_build_object('outcome', case when found then 'recorded' else 'refused' end);
+end
+$$;
+
+-- The pod is judged dead: its run is lost, and it is to be terminated.
+create function public.lose_pod(for_worker text, why text) returns setof jsonb
+language plpgsql
+set search_path = ''
+as $$
+declare
+    held_run uuid := (select w.run_id from public.worker w where w.id = for_worker);
+begin
+    if held_run is not null then
+        perform private.lose_run(held_run, why);
+    end if;
+    update public.worker w set status = 'lost', reason = why, boot = null, run_id = null
+    where w.id = for_worker and w.status not in ('lost', 'terminated');
+    perform private.wake_workers();
+    return query select jsonb_build_object('outcome', case when found then 'lost' else 'refused' end);
+end
+$$;
+
+-- Pods whose lease ran out. Their runs are lost at once; a stale holder's writes change nothing from here on.
+create function public.expire_leases() returns setof jsonb
+language plpgsql
+set search_path = ''
+as $$
+declare
+    silent text;
+begin
+    for silent in select w.id from public.worker w
+                  where w.status in ('active', 'busy', 'draining') and w.lease_expires_at < now() loop
+        return query select jsonb_build_object('worker_id', silent)
+                     from public.lose_pod(silent, 'pod ' || silent || ' was silent for longer than its lease');
+    end loop;
+end
+$$;
+
+-- The provider confirmed that the pod is gone, or it never existed.
+create function public.end_pod(for_worker text, why text default null) returns setof jsonb
+language plpgsql
+set search_path = ''
+as $$
+declare
+    held_run uuid := (select w.run_id from public.worker w where w.id = for_worker);
+begin
+    if held_run is not null then
+        perform private.lose_run(held_run, coalesce(why, 'the pod ended'));
+    end if;
+    update public.worker w
+    set status = 'terminated', terminated_at = now(), boot = null, run_id = null, reason = coalesce(w.reason, why)
+    where w.id = for_worker and w.status <> 'terminated';
+    return query select jsonb_build_object('outcome', case when found then 'terminated' else 'refused' end);
+end
+$$;
+
+create function public.request_shutdown(for_worker text) returns setof jsonb
+language plpgsql
+set search_path = ''
+as $$
+begin
+    update public.worker w set shutdown_requested = true where w.id = for_worker and w.status <> 'terminated';
+    perform private.notify('ow_pod', for_worker);
+    return query select jsonb_build_object('outcome', case when found then 'requested' else 'not_found' end);
+end
+$$;
+
+create function public.mark_mirrored(run_ids uuid[]) returns setof jsonb
+language plpgsql
+set search_path = ''
+as $$
+begin
+    update public.runs r set mirrored = true where r.id = any (run_ids);
+    return query select jsonb_build_object('outcome', 'marked');
+end
+$$;
+
+-- Runs that the ledger knows, among these flow runs.
+create function public.known_runs(flow_runs uuid[]) returns setof jsonb
+language sql stable
+set search_path = ''
+as $$
+    select jsonb_build_object('run_id', r.id, 'job_id', r.job_id, 'status', r.status, 'worker_id', r.worker_id)
+    from public.runs r where r.id = any (flow_runs)
+$$;
+
+-- Nobody but the API roles calls anything.
+revoke execute on all functions in schema public from public, anon;
+grant execute on all functions in schema public, private to authenticated, service_role;

@@ -1,0 +1,139 @@
+"""The client: `ow = OpenWeights()`."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, NoReturn
+
+from openweights_prefect.errors import ConfigurationError, ConflictError
+from openweights_prefect.files.store import LocalFileStore
+from openweights_prefect.ledger.postgres import PostgresLedger
+from openweights_prefect.resources.custom import Jobs, registered
+from openweights_prefect.resources.events import Events
+from openweights_prefect.resources.files import Files
+from openweights_prefect.resources.fine_tuning import FineTuning
+from openweights_prefect.resources.jobs import StoredJobs
+from openweights_prefect.resources.runs import Runs
+from openweights_prefect.resources.session import Session
+from openweights_prefect.settings import Settings
+
+_TOKEN = re.compile(r"ow_[A-Za-z0-9_-]{8,}")
+
+
+class OpenWeights:
+    """One organization's files, jobs, runs and events; safe to share between threads.
+
+    Constructing it makes no request. Without arguments it uses what the environment names,
+    else the local stack.
+    """
+
+    files: Files
+    jobs: StoredJobs
+    runs: Runs
+    events: Events
+    fine_tuning: FineTuning
+
+    def __init__(
+        self,
+        auth_token: str | None = None,
+        organization_id: str | None = None,
+        use_async: bool = False,
+        deploy_kwargs: Mapping[str, Any] | None = None,
+        supabase_url: str | None = None,
+        supabase_key: str | None = None,
+        *,
+        settings: Settings | None = None,
+    ) -> None:
+        _check_arguments(auth_token, supabase_url, supabase_key)
+        settings = settings or Settings.load()
+        if organization_id is not None:
+            settings = replace(settings, organization_id=organization_id)
+        self.use_async = use_async
+        self.deploy_kwargs = {"max_model_len": 2048} if deploy_kwargs is None else dict(deploy_kwargs)
+        self._session = _session(settings)
+        self._custom: dict[str, Jobs] = {}
+        self.files = Files(self._session)
+        self.jobs = StoredJobs(self._session)
+        self.runs = Runs(self._session)
+        self.events = Events(self._session)
+        self.fine_tuning = FineTuning(self._session)
+
+    @property
+    def organization_id(self) -> str:
+        """The organization that it acts for."""
+        return self._session.organization_id
+
+    @property
+    def settings(self) -> Settings:
+        """The settings that it works with."""
+        return self._session.settings
+
+    @property
+    def run(self) -> NoReturn:
+        """The current run, inside a job; raises `ConflictError` here, outside of one."""
+        raise ConflictError(
+            "`ow.run` is the run of a job, and this process is not in one. "
+            "Submit the script as a job, or read runs with `ow.runs.list()`."
+        )
+
+    def close(self) -> None:
+        """Give back its connections; silent when already closed."""
+        self._session.ledger.close()
+
+    def __enter__(self) -> OpenWeights:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __getattr__(self, name: str) -> Jobs:
+        kind = None if name.startswith("_") else registered().get(name)
+        if kind is None:
+            raise AttributeError(_no_attribute(name, dir(self)))
+        jobs = self._custom.get(name)
+        if type(jobs) is not kind:
+            jobs = self._custom[name] = kind(self._session)
+        return jobs
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *registered()]
+
+
+def _session(settings: Settings) -> Session:
+    if not settings.database_url:
+        raise ConfigurationError(
+            "No ledger is configured. Run `ow up` to start the local stack, or set `OW_DATABASE_URL`."
+        )
+    return Session(
+        ledger=PostgresLedger(settings.database_url, organization_id=settings.organization_id),
+        store=LocalFileStore(settings.files_folder),
+        organization_id=settings.organization_id,
+        settings=settings,
+    )
+
+
+def _check_arguments(auth_token: str | None, supabase_url: str | None, supabase_key: str | None) -> None:
+    if auth_token and not _TOKEN.fullmatch(auth_token):
+        raise ConfigurationError(
+            "`auth_token` (or OPENWEIGHTS_API_KEY) is not a token, which starts with 'ow_'. "
+            "Leave it out to use the local stack."
+        )
+    for name, value in (("supabase_url", supabase_url), ("supabase_key", supabase_key)):
+        if value:
+            raise ConfigurationError(
+                f"`{name}` is not supported yet; set `OW_DATABASE_URL` to use PostgreSQL."
+            )
+
+
+def _no_attribute(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, [text for text in known if not text.startswith("_")], n=3)
+    hint = (
+        f"Did you mean {', '.join(map(repr, near))}?" if near else "Job types of your own need `@register`."
+    )
+    return f"A client has no {name!r}. {hint}"

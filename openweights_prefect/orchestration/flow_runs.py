@@ -1,0 +1,195 @@
+"""Flow runs, as the control plane and the pods see them: the one place that speaks to the Prefect API."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.schemas.actions import LogCreate
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.responses import OrchestrationResult, SetStateStatus
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Cancelled, Completed, Crashed, Failed, Pending
+
+from openweights_prefect.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+_CLOSE_SECONDS = 10.0
+
+
+class FlowRunGone(LookupError):
+    """Prefect has no such flow run: somebody deleted it."""
+
+
+class FlowRuns:
+    """A thin adapter over Prefect's client; every state that we set passes here."""
+
+    def __init__(self, client: PrefectClient) -> None:
+        self._client = client
+        self._deployments: dict[str, UUID] = {}
+        self._background: set[asyncio.Task[Any]] = set()
+
+    @classmethod
+    @asynccontextmanager
+    async def connect(cls, settings: Settings) -> AsyncIterator[FlowRuns]:
+        """Open a client of the API that `settings` (and so Prefect's own environment) names."""
+        async with get_client(httpx_settings={"timeout": 30.0}) as client:
+            flow_runs = cls(client)
+            try:
+                yield flow_runs
+            finally:
+                await flow_runs.settle()
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do something whose failure must not disturb the caller; `settle()` waits for it."""
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def settle(self) -> None:
+        """Wait a bounded time for what `spawn()` started."""
+        if self._background:
+            await asyncio.wait(self._background, timeout=_CLOSE_SECONDS)
+
+    # Creating and claiming ----------------------------------------------------------------------
+
+    async def create(
+        self,
+        deployment: str,
+        *,
+        job_id: str,
+        attempt: int,
+        parameters: Mapping[str, Any],
+        tags: Iterable[str],
+    ) -> UUID:
+        """The flow run of one attempt; asked again, the same one."""
+        if deployment not in self._deployments:
+            self._deployments[deployment] = (await self._client.read_deployment_by_name(deployment)).id
+        try:
+            flow_run = await self._client.create_flow_run_from_deployment(
+                self._deployments[deployment],
+                parameters=dict(parameters),
+                name=job_id if attempt == 1 else f"{job_id} attempt {attempt}",
+                idempotency_key=f"{job_id}:{attempt}",
+                tags=list(tags),
+            )
+        except ObjectNotFound:
+            self._deployments.pop(deployment)  # it was deployed anew; the next pass finds it
+            raise
+        return flow_run.id
+
+    async def claim(self, flow_run_id: UUID, *, owner: str) -> bool:
+        """Scheduled -> Pending, which Prefect grants once. A run left Pending by a dead pod may be taken over:
+        the ledger's `open_run` is the gate that decides.
+
+        Raises:
+            FlowRunGone: The flow run was deleted.
+        """
+        try:
+            answer: OrchestrationResult[Any] = await self._client.set_flow_run_state(
+                flow_run_id, Pending(message=f"Claimed by pod {owner}")
+            )
+            if answer.status == SetStateStatus.ACCEPT:
+                return True
+            state = (await self._client.read_flow_run(flow_run_id)).state
+        except ObjectNotFound as exc:
+            raise FlowRunGone(str(flow_run_id)) from exc
+        return state is not None and state.is_pending()
+
+    async def outcome(self, flow_run_id: UUID) -> tuple[str, str | None]:
+        """How a flow of the user's own ended, in the ledger's words, and why."""
+        state = (await self._client.read_flow_run(flow_run_id)).state
+        if state is None or not state.is_final():
+            return "lost", "the flow process ended before its flow did"
+        words = {
+            StateType.COMPLETED: "completed",
+            StateType.FAILED: "failed",
+            StateType.CANCELLED: "canceled",
+        }
+        return words.get(state.type, "lost"), None if state.is_completed() else state.message
+
+    # Reconciling --------------------------------------------------------------------------------
+
+    async def mirror(self, flow_run_id: UUID, *, status: str, reason: str | None) -> None:
+        """Make Prefect show what the ledger decided; a flow run that is gone or agrees is left alone."""
+        wanted = _state(status, reason)
+        try:
+            held = (await self._client.read_flow_run(flow_run_id)).state
+            if held is None or held.type != wanted.type:
+                await self._client.set_flow_run_state(flow_run_id, wanted, force=True)
+        except ObjectNotFound:
+            logger.info("Flow run %s is gone from Prefect", flow_run_id)
+
+    async def answer(self, flow_run_id: UUID, state: State[Any]) -> None:
+        """End a scheduled flow run without running it."""
+        await self._client.set_flow_run_state(flow_run_id, state, force=True)
+
+    async def canceled_among(self, flow_run_ids: Sequence[UUID]) -> list[UUID]:
+        """Those that somebody canceled in Prefect."""
+        if not flow_run_ids:
+            return []
+        types = FlowRunFilterStateType(any_=[StateType.CANCELLING, StateType.CANCELLED])
+        found = await self._client.read_flow_runs(
+            flow_run_filter=FlowRunFilter(
+                id=FlowRunFilterId(any_=list(flow_run_ids)), state=FlowRunFilterState(type=types)
+            )
+        )
+        return [flow_run.id for flow_run in found]
+
+    async def deployment_name(self, flow_run: FlowRun) -> str | None:
+        """`flow/deployment` of a flow run; None when it has no deployment."""
+        if flow_run.deployment_id is None:
+            return None
+        deployment = await self._client.read_deployment(flow_run.deployment_id)
+        flow = await self._client.read_flow(deployment.flow_id)
+        return f"{flow.name}/{deployment.name}"
+
+    # Logs and artifacts -------------------------------------------------------------------------
+
+    async def log_lines(self, flow_run_id: UUID, lines: Iterable[str], at: datetime) -> None:
+        """Show lines of the job on its page."""
+        logs = [
+            LogCreate(
+                name="job", level=20, message=line[:10_000] or " ", timestamp=at, flow_run_id=flow_run_id
+            )
+            for line in lines
+        ]
+        if logs:
+            await self._client.create_logs(logs)
+
+    @property
+    def client(self) -> PrefectClient:
+        """The client itself, for the other modules of this package."""
+        return self._client
+
+
+def cached_state(job_id: str) -> State[Any]:
+    """What a flow run gets whose job had finished before: no pod was touched."""
+    return Completed(
+        name="Cached", message=f"Job {job_id} had completed before; its outputs are in the ledger."
+    )
+
+
+def _state(status: str, reason: str | None) -> State[Any]:
+    match status:
+        case "completed":
+            return Completed(message=reason)
+        case "failed":
+            return Failed(message=reason)
+        case "canceled":
+            return Cancelled(message=reason or "The job was canceled.")
+        case _:
+            return Crashed(message=reason)

@@ -1,0 +1,281 @@
+"""The agent: registers its pod, keeps the lease, and executes one run after another until the pod ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import time
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+from openweights_prefect.errors import ConfigurationError, OpenWeightsError
+from openweights_prefect.ledger.notifications import notifications
+from openweights_prefect.ledger.protocol import Ledger, Row
+from openweights_prefect.orchestration.flow_runs import FlowRuns
+from openweights_prefect.pod.execution import Execution
+from openweights_prefect.pod.library import Library
+from openweights_prefect.pod.nursery import Nursery
+from openweights_prefect.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+
+_END_SECONDS = 8.0
+
+
+@dataclass(frozen=True)
+class PodIdentity:
+    """What a pod is told when it is created."""
+
+    worker_id: str
+    token: str
+
+    @classmethod
+    def take(cls, environment: MutableMapping[str, str]) -> PodIdentity:
+        """Read the identity and remove the token, so that nothing started later inherits it."""
+        try:
+            return cls(worker_id=environment["OW_POD_ID"], token=environment.pop("OW_POD_TOKEN"))
+        except KeyError as exc:
+            raise ConfigurationError(
+                f"{exc.args[0]} is not set: the agent runs only in a pod that the `runpod` worker created."
+            ) from None
+
+
+class Agent:
+    """One pod's agent. `run()` returns when the pod is to end."""
+
+    def __init__(
+        self,
+        *,
+        identity: PodIdentity,
+        settings: Settings,
+        ledger: Ledger,
+        library: Library,
+        flow_runs: FlowRuns,
+        root: Path,
+    ) -> None:
+        self._identity = identity
+        self._settings = settings
+        self._ledger = ledger
+        self._library = library
+        self._flow_runs = flow_runs
+        self._root = root
+        self._nursery = Nursery()
+        self.signaled = False
+        self._boot = uuid4()
+        self._safe_until = 0.0
+        self._beat_lock = asyncio.Lock()
+        self._ended = asyncio.Event()
+        self._models: list[str] = []
+        self._execution: Execution | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._idle_since = time.monotonic()
+
+    async def run(self) -> None:
+        """Serve until idle for too long, past the deadline, or told to end."""
+        await asyncio.gather(self._register(), self._nursery.start())
+        loops = [asyncio.create_task(loop()) for loop in (self._keep_beating, self._listen, self._fence)]
+        ended = asyncio.create_task(self._ended.wait())
+        try:
+            done, _ = await asyncio.wait([*loops, ended], return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in [*loops, ended]:
+                task.cancel()
+            if self._task is not None:
+                await asyncio.wait([self._task], timeout=_END_SECONDS)
+            if self._execution is not None:
+                self._execution.kill()
+            await self._nursery.stop()
+
+    def end(self) -> None:
+        """End now, as on SIGTERM: the pod is going away. The run is given back for another pod."""
+        self.signaled = True
+        if self._execution is not None:
+            self._execution.cancel("lost", "the pod was told to end")
+        self._ended.set()
+
+    async def _register(self) -> None:
+        while not self._ended.is_set():
+            try:
+                started = time.monotonic()
+                answer = await self._call(
+                    "register_pod",
+                    for_worker=self._identity.worker_id,
+                    token=self._identity.token,
+                    as_boot=self._boot,
+                    lease_seconds=self._settings.lease_seconds,
+                    models=self._models,
+                )
+            except OpenWeightsError as exc:
+                logger.warning("Cannot register yet: %s", exc)
+                await asyncio.sleep(1)
+                continue
+            if answer["outcome"] != "registered":
+                logger.info("The ledger says that this pod is to end (%s).", answer["outcome"])
+                self._ended.set()
+                return
+            self._renewed(started)
+            logger.info("Pod %s is registered.", self._identity.worker_id)
+            return
+
+    async def _keep_beating(self) -> None:
+        while True:
+            await self._beat()
+            await asyncio.sleep(self._settings.heartbeat_seconds)
+
+    async def _listen(self) -> None:
+        """Beat at once when somebody points at this pod."""
+        async for payload in notifications(self._settings.database_url, "ow_pod"):
+            if payload in ("", self._identity.worker_id):
+                await self._beat()
+
+    async def _beat(self) -> None:
+        async with self._beat_lock:
+            started = time.monotonic()
+            try:
+                answer = await self._call(
+                    "renew_lease",
+                    for_worker=self._identity.worker_id,
+                    as_boot=self._boot,
+                    lease_seconds=self._settings.lease_seconds,
+                    models=self._models,
+                )
+            except OpenWeightsError as exc:
+                logger.warning("The lease was not renewed: %s", exc)
+                return
+            if answer["fenced"]:
+                await self._lost_lease()
+                return
+            self._renewed(started)
+            await self._obey(answer)
+
+    async def _obey(self, answer: Row) -> None:
+        if answer["cancel"] and self._execution is not None:
+            self._execution.cancel()
+        past_deadline = time.time() > answer["deadline_at"]
+        if self._task is not None and not self._task.done():
+            if past_deadline and self._execution is not None:
+                self._execution.cancel("lost", "the pod reached its deadline")
+            return
+        if answer["shutdown"] or past_deadline:
+            await self._release("told to end" if answer["shutdown"] else "deadline", forced=True)
+        elif answer["next_run"]:
+            self._start(UUID(answer["next_run"]))
+        elif time.monotonic() - self._idle_since > self._settings.pod_idle_seconds:
+            await self._release("idle", forced=False)
+
+    def _start(self, run_id: UUID) -> None:
+        self._execution = Execution(
+            run_id=run_id,
+            worker_id=self._identity.worker_id,
+            boot=self._boot,
+            ledger=self._ledger,
+            library=self._library,
+            flow_runs=self._flow_runs,
+            nursery=self._nursery,
+            root=self._root,
+        )
+        self._task = asyncio.create_task(self._execute(self._execution))
+
+    async def _execute(self, execution: Execution) -> None:
+        try:
+            await execution.execute()
+        except Exception:
+            # The edge of one run: the ledger's lease and reconciler deal with it, the pod goes on.
+            logger.exception("Run %s ended in an error of the agent", execution.run_id)
+        finally:
+            self._execution = None
+            self._task = None
+            self._idle_since = time.monotonic()
+        await self._beat()  # there may be a next one
+
+    async def _release(self, why: str, *, forced: bool) -> None:
+        answer = await self._call(
+            "release_pod", for_worker=self._identity.worker_id, as_boot=self._boot, why=why, forced=forced
+        )
+        if answer["outcome"] == "draining":
+            logger.info("Pod %s ends: %s.", self._identity.worker_id, why)
+            self._ended.set()
+
+    async def _fence(self) -> None:
+        """Stop the run before the lease can be given away: whoever cannot renew must not go on."""
+        while True:
+            if self._execution is not None and time.monotonic() > self._safe_until:
+                logger.error(
+                    "The lease could not be renewed in time; run %s is stopped.", self._execution.run_id
+                )
+                self._execution.kill()
+            await asyncio.sleep(0.5)
+
+    async def _lost_lease(self) -> None:
+        if self._execution is not None:
+            self._execution.kill()
+        self._boot = uuid4()
+        await self._register()
+
+    def _renewed(self, at: float) -> None:
+        self._safe_until = at + 0.8 * self._settings.lease_seconds
+
+    async def _call(self, function: str, **arguments: Any) -> Row:
+        rows = await asyncio.to_thread(self._ledger.call, function, **arguments)
+        return rows[0]
+
+
+async def serve(settings: Settings, environment: MutableMapping[str, str]) -> bool:
+    """Run the agent of this pod to its end; True when a signal ended it."""
+    from openweights_prefect.files.store import LocalFileStore
+    from openweights_prefect.ledger.postgres import PostgresLedger
+
+    identity = PodIdentity.take(environment)
+    ledger = PostgresLedger(settings.database_url, organization_id=settings.organization_id)
+    library = Library(
+        ledger=ledger, store=LocalFileStore(settings.files_folder), organization_id=settings.organization_id
+    )
+    async with FlowRuns.connect(settings) as flow_runs:
+        agent = Agent(
+            identity=identity,
+            settings=settings,
+            ledger=ledger,
+            library=library,
+            flow_runs=flow_runs,
+            root=Path.cwd() / "runs",
+        )
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, agent.end)
+        await agent.run()
+    ledger.close()
+    return agent.signaled
+
+
+def prepare_environment(settings: Settings, environment: MutableMapping[str, str]) -> None:
+    """Set what Prefect reads at import: the API's address, where results are stored, patience in an outage."""
+    defaults: Mapping[str, str] = {
+        "PREFECT_API_URL": settings.prefect_api_url,
+        "PREFECT_LOCAL_STORAGE_PATH": str(settings.files_folder / "results"),
+        "PREFECT_CLIENT_MAX_RETRIES": "20",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_LOGGING_LEVEL": "WARNING",
+        "DO_NOT_TRACK": "1",
+    }
+    for name, value in defaults.items():
+        environment.setdefault(name, value)
+
+
+def main() -> None:
+    """Entry point of a pod: `python -m openweights_prefect.pod`."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    settings = Settings.load()
+    prepare_environment(settings, os.environ)
+    if asyncio.run(serve(settings, os.environ)):
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    while True:  # a container that exits is restarted by RunPod, and bills on: wait to be terminated
+        signal.pause()

@@ -1,0 +1,48 @@
+"""Lays out a run's folder: mounts, parameters, and our package alone for the job's interpreter."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import openweights_prefect
+from openweights_prefect.runtime.entrypoint import RunFolder
+from openweights_prefect.types.paths import safe_relative_path
+
+Fetch = Callable[[str, Path], None]
+
+
+def prepare(folder: RunFolder, job: Mapping[str, Any], *, job_socket: Path, fetch: Fetch) -> None:
+    """Make the folder for one run; `fetch(file_id, target)` brings a file and verifies its hash.
+
+    Raises what `fetch` raises: a run never starts with a missing or damaged file.
+    """
+    remove(folder)
+    (folder.work / "uploads").mkdir(parents=True, mode=0o700)
+    folder.log.touch(mode=0o600)
+    folder.spool.touch(mode=0o600)
+    folder.library.mkdir()
+    package = Path(openweights_prefect.__file__).parent
+    (folder.library / package.name).symlink_to(package)
+    for target, file_id in job["mounts"].items():
+        path = folder.work / safe_relative_path(target)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fetch(file_id, path)
+    params = {**_validated(job), "files": {file_id: target for target, file_id in job["mounts"].items()}}
+    (folder.work / "params.json").write_text(json.dumps(params, indent=2), encoding="utf-8")
+    (folder.path / "job.json").write_text(
+        json.dumps({**job, "job_socket": str(job_socket)}), encoding="utf-8"
+    )
+
+
+def remove(folder: RunFolder) -> None:
+    """Delete a run's folder; silent when it is not there."""
+    shutil.rmtree(folder.path, ignore_errors=True)
+
+
+def _validated(job: Mapping[str, Any]) -> dict[str, Any]:
+    params = job["params"]
+    return dict(params.get("validated_params", params))

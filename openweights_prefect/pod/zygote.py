@@ -1,0 +1,128 @@
+"""A process that has everything imported and forks a child per run.
+
+Importing Prefect costs seconds, forking milliseconds. It stays single-threaded and never opens a
+connection, so that a fork is safe. Protocol on file descriptor `--fd`: JSON lines; in: `{"run": id,
+"flow": name | null, "environment": {...}, "output": path}`; out: `{"ready": true}`, `{"run": id,
+"pid": n}` and `{"run": id, "exit": code}`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import select
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from openweights_prefect import bundle
+from openweights_prefect.runtime.child import die_with_parent
+
+
+def main() -> None:
+    """Serve forks until the agent closes its end."""
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    die_with_parent(os.getppid())
+    flows = _preload()
+    wake_read, wake_write = os.pipe()
+    os.set_blocking(wake_write, False)
+    signal.set_wakeup_fd(wake_write)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    children: dict[int, str] = {}
+    _send(channel, {"ready": True})
+    pending = b""
+    while True:
+        readable = select.select([channel.fileno(), wake_read], [], [])[0]
+        if wake_read in readable:
+            os.read(wake_read, 4096)
+            _reap(channel, children)
+        if channel.fileno() in readable:
+            data = channel.recv(1 << 20)
+            if not data:
+                return
+            *lines, pending = (pending + data).split(b"\n")
+            for line in lines:
+                order = json.loads(line)
+                pid = _fork(order, flows, channel)
+                children[pid] = order["run"]
+                _send(channel, {"run": order["run"], "pid": pid})
+
+
+def _preload() -> dict[str, Any]:
+    """Import the engine and every flow of ours; a flow that does not load is left to fail in its run."""
+    import prefect.flow_engine
+    import prefect.results
+    import prefect.task_engine  # noqa: F401
+    from prefect.flows import load_flow_from_entrypoint
+
+    folder = bundle.deploy_root() / "flows"
+    return {
+        path.stem: load_flow_from_entrypoint(f"{path}:{path.stem}") for path in sorted(folder.glob("*.py"))
+    }
+
+
+def _fork(order: dict[str, Any], flows: dict[str, Any], channel: socket.socket) -> int:
+    parent = os.getpid()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 70
+    try:
+        channel.close()
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.setpgid(0, 0)
+        die_with_parent(parent)
+        output = os.open(order["output"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.environ.update(order["environment"])
+        os.chdir(Path(order["output"]).parent)
+        code = _execute(UUID(order["run"]), flows.get(order["flow"] or ""))
+    except BaseException:
+        import traceback  # only a failing child needs it
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _execute(flow_run_id: UUID, flow: Any) -> int:
+    """Run a flow run with Prefect's own engine, as `python -m prefect.engine` does; flows not ours are loaded."""
+    from prefect.engine import handle_engine_signals
+    from prefect.flow_engine import load_flow, load_flow_run, run_flow
+
+    try:
+        with handle_engine_signals(flow_run_id):
+            flow_run = load_flow_run(flow_run_id)
+            result = run_flow(flow or load_flow(flow_run), flow_run=flow_run)
+            if asyncio.iscoroutine(result):
+                asyncio.run(result)
+        return 0
+    except SystemExit as exc:
+        return int(exc.code or 0) if not isinstance(exc.code, str) else 1
+
+
+def _reap(channel: socket.socket, children: dict[int, str]) -> None:
+    while children:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid == 0:
+            return
+        if run := children.pop(pid, None):
+            _send(channel, {"run": run, "exit": os.waitstatus_to_exitcode(status)})
+
+
+def _send(channel: socket.socket, message: dict[str, Any]) -> None:
+    channel.sendall(json.dumps(message).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    main()

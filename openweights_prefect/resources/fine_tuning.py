@@ -1,0 +1,117 @@
+"""`ow.fine_tuning`: train a model on conversations."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from openweights_prefect.errors import InvalidParameterError
+from openweights_prefect.jobs.fine_tuning.params import FineTuningParams, requires_vram_gb
+from openweights_prefect.resources.job import Job
+from openweights_prefect.resources.jobs import StoredJobs
+from openweights_prefect.resources.parameters import split, validated
+from openweights_prefect.resources.session import Session
+from openweights_prefect.resources.submission import LocalFile, Request, local_file, local_mounts, submit
+
+BEHAVIOUR_VERSION = 1
+"""Raised when the same parameters would give another result: finished jobs are then run again."""
+
+ENTRYPOINT = "python -m openweights_prefect.jobs.fine_tuning.train"
+
+_FILE_PARAMETERS = ("training_file", "test_file")
+_FILE_ID = re.compile(r"[\w-]+:file-[0-9a-f]{12}")
+_JOB_ID = re.compile(r"[a-z]+job-[0-9a-f]{12}(-[\w.-]+)?")
+_MODEL_FOLDER = "model"
+_MODEL_FILES = ("config.json", "adapter_config.json")
+
+
+class FineTuning(StoredJobs):
+    """Fine-tuning jobs."""
+
+    def create(self, **parameters: Any) -> Job:
+        """Submit a fine-tuning job: the fields of `FineTuningParams`, and the options of every job.
+
+        `training_file` and `test_file` are file ids or local files, `model` is a Hugging Face id or a local
+        folder; what is local is uploaded if it is not stored yet. GPU memory is estimated unless
+        `requires_vram_gb` or `allowed_hardware` is given. Submitting the same job again gives the job that exists.
+        """
+        options, values = split(parameters, FineTuningParams, job_type="fine_tuning")
+        named_files = _local_data(self._session, values)
+        model_files = _local_model(self._session, values)
+        named_model = values.get("model")
+        values |= {name: file.id for name, file in named_files.items()}
+        values |= {"model": _MODEL_FOLDER} if model_files else {}
+        params = validated(FineTuningParams, values, job_type="fine_tuning")
+        ids = {name: getattr(params, name) for name in _FILE_PARAMETERS if getattr(params, name) is not None}
+        document = params.model_dump(mode="json")
+        return submit(
+            self._session,
+            Request(
+                type="fine_tuning",
+                prefix="ftjob",
+                behaviour_version=BEHAVIOUR_VERSION,
+                params=document,
+                identity=document,
+                entrypoint=ENTRYPOINT,
+                options=options,
+                image=options.docker_image,
+                requires_vram_gb=_memory(params, named_model, options.requires_vram_gb),
+                model=None if model_files else params.model,
+                local_files={**model_files, **{_target(name): file for name, file in named_files.items()}},
+                stored_files={
+                    _target(name): identity for name, identity in ids.items() if name not in named_files
+                },
+                parameters={identity: name for name, identity in ids.items()},
+            ),
+        )
+
+
+def _target(parameter: str) -> str:
+    return f"data/{parameter}.jsonl"
+
+
+def _local_data(session: Session, values: dict[str, Any]) -> dict[str, LocalFile]:
+    """The parameters that name a file of this machine; they need the purpose of their loss."""
+    purpose = "preference" if values.get("loss") in ("dpo", "orpo") else "conversations"
+    found = {}
+    for name in _FILE_PARAMETERS:
+        value = values.get(name)
+        if not isinstance(value, str | Path) or _FILE_ID.fullmatch(str(value)):
+            continue
+        path = Path(value).expanduser()
+        if not path.is_file():
+            raise InvalidParameterError(
+                f"{name}={str(value)!r} is neither a file id, such as `conversations:file-0123456789ab`, "
+                f"nor a file here; check the path, relative to {str(Path.cwd())!r}."
+            )
+        found[name] = local_file(session, path, purpose)
+    return found
+
+
+def _local_model(session: Session, values: dict[str, Any]) -> dict[str, LocalFile]:
+    """The files of a model that is a folder of this machine; none when it is a Hugging Face id."""
+    model = values.get("model")
+    if not isinstance(model, str | Path):
+        return {}
+    if _JOB_ID.fullmatch(str(model)):
+        raise InvalidParameterError(
+            f"model={model!r}: training on the result of a job is not available yet. "
+            "Download it with `job.download(folder)` and pass the folder of the model."
+        )
+    folder = Path(model).expanduser()
+    if folder.is_dir() and any((folder / name).is_file() for name in _MODEL_FILES):
+        return local_mounts(session, {str(folder): _MODEL_FOLDER})
+    if isinstance(model, Path) or model.startswith(("./", "../", "/", "~")):
+        raise InvalidParameterError(
+            f"model={str(model)!r} is not a folder with a `config.json`; "
+            f"check the path, relative to {str(Path.cwd())!r}."
+        )
+    return {}
+
+
+def _memory(params: FineTuningParams, named_model: object, wanted: int | None) -> int:
+    """What was asked for, else an estimate by the name of the model as the user wrote it."""
+    if wanted is not None:
+        return wanted
+    return requires_vram_gb(params.model_copy(update={"model": str(named_model)}))

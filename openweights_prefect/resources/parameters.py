@@ -1,0 +1,126 @@
+"""Keyword arguments of `create`: the job type's own parameters, and the options that all job types share."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, NamedTuple, TypeVar
+
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+)
+
+from openweights_prefect.errors import InvalidParameterError
+from openweights_prefect.provisioning.hardware import parse_hardware
+
+_OWN_VARIABLES = re.compile(r"OW_.*|OPENWEIGHTS_.*|N_GPUS|PATH|PYTHONPATH")
+
+Params = TypeVar("Params", bound=BaseModel)
+
+
+class Options(BaseModel):
+    """How a job is run, not what it computes: only the image and the suffix are part of its id."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    allowed_hardware: list[str] | None = Field(
+        None, min_length=1, description='Such as `["1x H200", "2x A100"]`, in order of preference.'
+    )
+    requires_vram_gb: int | None = Field(
+        None, ge=0, le=10_000, description="GPU memory; ignored beside allowed_hardware."
+    )
+    docker_image: Annotated[str, StringConstraints(pattern=r"^[\w][\w./:@-]*$", max_length=300)] | None = (
+        Field(None, description="Image to run in, instead of the job type's own.")
+    )
+    job_id_suffix: str | None = Field(None, description="Readable end of the job id; makes it another job.")
+    priority: int = Field(0, ge=-1000, le=1000, description="Higher starts earlier.")
+    max_price_per_hour: float | None = Field(None, gt=0, le=10_000, description="USD per hour and pod.")
+    timeout: int | None = Field(None, ge=1, le=30 * 86400, description="Seconds that one attempt may take.")
+    retries: int = Field(0, ge=0, le=100, description="Further attempts after failures of the job's own.")
+    env: dict[str, str] = Field({}, description="Environment variables, stored in plain text: no secrets.")
+
+    @field_validator("allowed_hardware")
+    @classmethod
+    def _known_hardware(cls, value: list[str] | None) -> list[str] | None:
+        return None if value is None else list(dict.fromkeys(str(parse_hardware(text)) for text in value))
+
+    @field_validator("env")
+    @classmethod
+    def _legal_variables(cls, value: dict[str, str]) -> dict[str, str]:
+        for name, text in value.items():
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or "\0" in text:
+                raise ValueError(f"{name!r} cannot be an environment variable; use letters, digits and `_`")
+            if _OWN_VARIABLES.fullmatch(name):
+                raise ValueError(f"{name!r} is set by the pod; choose another name")
+        return value
+
+
+class Arguments(NamedTuple):
+    """The arguments of one `create`: options, and parameters that the job type still has to validate."""
+
+    options: Options
+    params: dict[str, Any]
+
+
+def split(arguments: Mapping[str, Any], model: type[BaseModel], *, job_type: str) -> Arguments:
+    """Take the options out of the arguments; a name that is also a field of `model` is given to both.
+
+    Raises `InvalidParameterError` for names that are neither, with the closest known ones.
+    """
+    fields = _names(model)
+    _refuse_unknown(arguments, model, fields, job_type)
+    options = {name: value for name, value in arguments.items() if name in Options.model_fields}
+    params = {name: value for name, value in arguments.items() if name not in options or name in fields}
+    return Arguments(validated(Options, options, job_type=job_type), params)
+
+
+def validated(model: type[Params], values: Mapping[str, Any], *, job_type: str) -> Params:
+    """Validate, with one `InvalidParameterError` that has a line for each bad value."""
+    try:
+        return model(**values)
+    except ValidationError as exc:
+        lines = [
+            _line(error["loc"], error["msg"], error.get("input")) for error in exc.errors(include_url=False)
+        ]
+    raise InvalidParameterError("\n".join([f"Bad parameters for {job_type!r}:", *lines]))
+
+
+def _line(location: Iterable[int | str], message: str, value: object) -> str:
+    path = ".".join(map(str, location))
+    message = message.removeprefix("Value error, ")
+    if not path:
+        return f"  {message}"
+    if message == "Field required":
+        return f"  {path}: is required"
+    return f"  {path}={value!r:.100}: {message}"
+
+
+def _refuse_unknown(
+    arguments: Iterable[str], model: type[BaseModel], fields: set[str], job_type: str
+) -> None:
+    # A model that says what to do with further names means it; pydantic's silent default would hide a typo.
+    if model.model_config.get("extra") in ("allow", "ignore"):
+        return
+    known = fields | set(Options.model_fields)
+    lines = []
+    for name in sorted(set(arguments) - known):
+        near = difflib.get_close_matches(name, known, n=1)
+        lines.append(f"  {name!r} is unknown" + (f"; did you mean {near[0]!r}?" if near else "; remove it."))
+    if lines:
+        raise InvalidParameterError("\n".join([f"Bad parameters for {job_type!r}:", *lines]))
+
+
+def _names(model: type[BaseModel]) -> set[str]:
+    names = set(model.model_fields)
+    for field in model.model_fields.values():
+        aliases = field.validation_alias
+        choices = aliases.choices if isinstance(aliases, AliasChoices) else [aliases]
+        names |= {alias for alias in (*choices, field.alias) if isinstance(alias, str)}
+    return names

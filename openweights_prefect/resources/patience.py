@@ -1,0 +1,84 @@
+"""How waits are paced, and how long they bear a ledger that does not answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+from openweights_prefect.errors import InvalidParameterError, LedgerUnavailable
+from openweights_prefect.ledger.protocol import Ledger, Row
+from openweights_prefect.resources.session import Session
+
+OUTAGE_SECONDS = 300.0
+
+
+class Pace:
+    """The pauses of one wait: short at first, longer later, never beyond its end."""
+
+    def __init__(
+        self,
+        timeout: float | None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        if timeout is not None and not timeout >= 0:
+            raise InvalidParameterError(f"timeout={timeout!r} is not a number of seconds, 0 or more.")
+        self._clock = clock
+        self._sleep = sleep
+        self._start = clock()
+        self._timeout = timeout
+
+    def pause(self) -> bool:
+        """Sleep until it is time to look again; False, without sleeping, when the time is up."""
+        seconds = self.next_pause()
+        if seconds is None:
+            return False
+        self._sleep(seconds)
+        return True
+
+    def next_pause(self) -> float | None:
+        """How long to sleep now; None when the time is up."""
+        elapsed = self._clock() - self._start
+        if self._timeout is None:
+            return pause_after(elapsed)
+        left = self._timeout - elapsed
+        return min(pause_after(elapsed), left) if left > 0 else None
+
+    def bear(self, call: Callable[[], list[Row]]) -> list[Row]:
+        """Make a call again while the ledger is away: until the timeout, without one for five minutes."""
+        since = self._clock()
+        while True:
+            try:
+                return call()
+            except LedgerUnavailable:
+                if (self._timeout is None and self._clock() - since > OUTAGE_SECONDS) or not self.pause():
+                    raise
+
+
+def pause_after(elapsed_seconds: float) -> float:
+    """A job that was just submitted may be done at once; nobody looks twice a second for days."""
+    return 0.1 if elapsed_seconds < 2 else min(2.0, max(0.5, elapsed_seconds / 60))
+
+
+class PatientLedger:
+    """A ledger whose calls wait for it to come back."""
+
+    def __init__(self, ledger: Ledger, pace: Pace) -> None:
+        self._ledger = ledger
+        self._pace = pace
+
+    def call(self, function: str, **arguments: Any) -> list[Row]:
+        """Call a function; bears outages as `Pace.bear` does."""
+        return self._pace.bear(lambda: self._ledger.call(function, **arguments))
+
+    def close(self) -> None:
+        """Give back every connection."""
+        self._ledger.close()
+
+
+def patient(session: Session, pace: Pace) -> Session:
+    """The same session, for the calls of one wait."""
+    return dataclasses.replace(session, ledger=PatientLedger(session.ledger, pace))

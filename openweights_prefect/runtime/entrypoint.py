@@ -1,0 +1,138 @@
+"""Runs a job's entrypoint as a child process of its flow."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from openweights_prefect.runtime import child, wire
+
+FOLDER_VARIABLE = "OW_RUN_FOLDER"
+
+# What a job inherits of the pod's environment: nothing that names or opens anything of ours.
+_INHERITED = (
+    "HOME",
+    "LANG",
+    "LC_ALL",
+    "TZ",
+    "TMPDIR",
+    "LD_LIBRARY_PATH",
+    "SSL_CERT_FILE",
+    "SSL_CERT_DIR",
+    "REQUESTS_CA_BUNDLE",
+)
+_INHERITED_PREFIXES = ("CUDA", "NVIDIA_", "NCCL_", "HF_", "TORCH_", "RUNPOD_GPU", "RUNPOD_CPU", "RUNPOD_MEM")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run lives on its pod.
+
+    `job.json`, `log` and `events.jsonl` are beside `work/`, the entrypoint's own folder.
+    """
+
+    path: Path
+
+    @classmethod
+    def current(cls) -> RunFolder:
+        """The folder of the run that this process executes."""
+        return cls(Path(os.environ[FOLDER_VARIABLE]))
+
+    @property
+    def work(self) -> Path:
+        """The entrypoint's current folder: mounts, `params.json`, `uploads/`."""
+        return self.path / "work"
+
+    @property
+    def log(self) -> Path:
+        """Everything that the run printed."""
+        return self.path / "log"
+
+    @property
+    def spool(self) -> Path:
+        """The event spool."""
+        return self.path / "events.jsonl"
+
+    @property
+    def library(self) -> Path:
+        """A folder with nothing but our package, for PYTHONPATH."""
+        return self.path / "lib"
+
+    def job(self) -> dict[str, Any]:
+        """The job's row, as the agent got it from the ledger."""
+        return dict(json.loads((self.path / "job.json").read_text(encoding="utf-8")))
+
+
+def job_environment(folder: RunFolder, job: Mapping[str, Any], *, job_python: str) -> dict[str, str]:
+    """The environment of an entrypoint: what the job named, what a GPU needs, and the way to its agent."""
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name in _INHERITED or name.startswith(_INHERITED_PREFIXES)
+    }
+    path = os.environ.get("PATH", os.defpath)
+    return {
+        **inherited,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+        **{str(name): str(value) for name, value in (job.get("env") or {}).items()},
+        "PATH": f"{Path(job_python).parent}{os.pathsep}{path}" if job_python else path,
+        "PYTHONPATH": str(folder.library),
+        "N_GPUS": os.environ.get("N_GPUS", "0"),
+        wire.RUN_VARIABLE: os.environ[wire.RUN_VARIABLE],
+        wire.JOB_VARIABLE: str(job["id"]),
+        wire.SOCKET_VARIABLE: str(job["job_socket"]),
+        wire.SPOOL_VARIABLE: str(folder.spool),
+    }
+
+
+async def run_entrypoint(folder: RunFolder, job: Mapping[str, Any], *, job_python: str) -> int:
+    """Run the job's command to its end and return its exit code, negative for a signal.
+
+    Output goes where this process's own goes: straight into the run's log file.
+    """
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-I",
+        "-S",
+        child.__file__,
+        "bash",
+        "-c",
+        str(job["entrypoint"]),
+        cwd=folder.work,
+        env=job_environment(folder, job, job_python=job_python),
+        stdin=asyncio.subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    wire.request("started", pid=process.pid)
+    try:
+        return await process.wait()
+    finally:
+        _kill_group(process.pid)  # what the entrypoint left running
+
+
+def _kill_group(group: int) -> None:
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        pass
+
+
+def describe_exit(code: int) -> str:
+    """One sentence for a non-zero exit code."""
+    if code >= 0 and code < 128:
+        return f"The entrypoint exited with code {code}; its last lines are in the log."
+    number = -code if code < 0 else code - 128
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        name = "unknown signal"
+    hint = " Most often the machine ran out of memory." if number == signal.SIGKILL else ""
+    return f"The entrypoint was killed by signal {number} ({name}).{hint}"

@@ -1,0 +1,51 @@
+"""Job variables of the work pool type `runpod`: what a deployment or a flow run may ask of its pod."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect.workers.base import BaseJobConfiguration, BaseVariables, BaseWorkerResult
+from pydantic import Field
+
+
+class RunPodJobConfiguration(BaseJobConfiguration):
+    """What the worker reads of a flow run's job variables."""
+
+    docker_image: str | None = Field(default=None)
+    requires_vram_gb: int | None = Field(default=None)
+    allowed_hardware: list[str] | None = Field(default=None)
+    max_price_per_hour: float | None = Field(default=None)
+    priority: int = Field(default=0)
+    timeout_seconds: int | None = Field(default=None)
+
+
+class RunPodVariables(BaseVariables):
+    """The form of the work pool."""
+
+    docker_image: str | None = Field(
+        default=None, description="Image of the pod; leave empty for the installation's default."
+    )
+    requires_vram_gb: int | None = Field(
+        default=None, ge=0, le=4096, description="GPU memory that the run needs, in GB; estimated when empty."
+    )
+    allowed_hardware: list[str] | None = Field(
+        default=None,
+        description="Hardware in order of preference, such as `1x H200` or `2x A100`; overrides the memory.",
+    )
+    max_price_per_hour: float | None = Field(
+        default=None, gt=0, description="Dearest pod to use, in USD per hour for the whole pod."
+    )
+    priority: int = Field(default=0, ge=-100, le=100, description="Higher goes first.")
+    timeout_seconds: int | None = Field(default=None, gt=0, description="The run fails when it takes longer.")
+
+
+class RunPodWorkerResult(BaseWorkerResult):
+    """Answer of `RunPodWorker.run`."""
+
+
+def job_variables_of(job_variables: dict[str, Any] | None, base_template: dict[str, Any]) -> dict[str, Any]:
+    """The variables of a flow run over the pool's defaults, without empty ones."""
+    properties = base_template.get("variables", {}).get("properties", {})
+    defaults = {name: spec.get("default") for name, spec in properties.items()}
+    merged = {**defaults, **(job_variables or {})}
+    return {name: merged[name] for name in RunPodVariables.model_fields if merged.get(name) is not None}

@@ -1,0 +1,203 @@
+"""The worker's loop: creates flow runs for jobs, places waiting runs on pods, and makes both sides agree.
+
+Stateless: everything it knows it reads in each pass, so a killed worker is replaced by starting another,
+and several may run at once. It claims nothing: pods do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Coroutine, Sequence
+from typing import Any
+from uuid import UUID
+
+import httpx
+from prefect.client.schemas.objects import FlowRun
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Failed
+
+from openweights_prefect.errors import InvalidParameterError, OpenWeightsError
+from openweights_prefect.ledger.notifications import notifications
+from openweights_prefect.ledger.protocol import Ledger, Row
+from openweights_prefect.orchestration.flow_runs import FlowRuns, cached_state
+from openweights_prefect.provisioning.placement import Plan, Pod, WaitingRun, place
+from openweights_prefect.settings import Settings
+from openweights_prefect.worker.adoption import deployment_of, job_of_flow_run, parameters_of
+from openweights_prefect.worker.fleet import Fleet
+
+logger = logging.getLogger(__name__)
+
+_PASS_SECONDS = 2.0
+_RECONCILE_SECONDS = 5.0
+_CREATES_AT_ONCE = 4
+
+
+class Observer:
+    """One organization's control loop."""
+
+    def __init__(self, *, ledger: Ledger, flow_runs: FlowRuns, fleet: Fleet, settings: Settings) -> None:
+        self._ledger = ledger
+        self._flow_runs = flow_runs
+        self._fleet = fleet
+        self._settings = settings
+        self._wake = asyncio.Event()
+        self._creates = asyncio.Semaphore(_CREATES_AT_ONCE)
+        self._buying: dict[str, asyncio.Task[None]] = {}
+        self._warned = ""
+
+    async def run(self) -> None:
+        """Loop until canceled; an error of one pass is logged, and the next one tries again."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._listen())
+            group.create_task(self._loop("placement", self.place_once, _PASS_SECONDS, self._wake))
+            group.create_task(self._loop("reconciliation", self.reconcile_once, _RECONCILE_SECONDS, None))
+
+    async def place_once(self) -> None:
+        """One pass: flow runs for jobs without one, hints, purchases, reasons."""
+        snapshot = await self._call("control_snapshot")
+        rows = snapshot["waiting"]
+        await self._create_flow_runs([row for row in rows if row["run_id"] is None])
+        pods = [Pod.from_row(row) for row in snapshot["pods"]]
+        waiting = [WaitingRun.from_row(row) for row in rows if row["job_id"] not in self._buying]
+        plan = place(
+            waiting, pods, being_bought=self._fleet.being_bought, max_workers=self._settings.max_workers
+        )
+        await self._carry_out(plan, {row["job_id"]: row["pending_reason"] for row in rows})
+
+    async def reconcile_once(self) -> None:
+        """One pass: silent pods, canceled flow runs, Prefect's view of what ended, the provider's list."""
+        await asyncio.to_thread(self._ledger.call, "expire_leases")
+        snapshot = await self._call("control_snapshot")
+        await self._heed_cancellations(snapshot)
+        await self._mirror(snapshot["unmirrored"])
+        await self._fleet.reconcile([Pod.from_row(row) for row in snapshot["pods"]])
+
+    async def adopt(
+        self, flow_runs: Sequence[FlowRun], base_template: dict[str, Any], variables_of: Any
+    ) -> None:
+        """Take up scheduled flow runs that the ledger does not know."""
+        known = await asyncio.to_thread(
+            self._ledger.call, "known_runs", flow_runs=[run.id for run in flow_runs]
+        )
+        ids = {row["run_id"] for row in known}
+        for flow_run in flow_runs:
+            if str(flow_run.id) not in ids:
+                await self._adopt(flow_run, variables_of(flow_run.job_variables, base_template))
+
+    async def cancel(self, flow_run_id: str) -> None:
+        """Cancel the job of a flow run; silent when there is none or it has ended."""
+        for row in await asyncio.to_thread(self._ledger.call, "known_runs", flow_runs=[UUID(flow_run_id)]):
+            await self._call("cancel_job", job_id=row["job_id"])
+
+    async def _adopt(self, flow_run: FlowRun, variables: dict[str, Any]) -> None:
+        deployment = await self._flow_runs.deployment_name(flow_run)
+        try:
+            job = job_of_flow_run(flow_run.id, deployment, flow_run.parameters, variables, self._settings)
+        except InvalidParameterError as exc:
+            await self._flow_runs.answer(flow_run.id, Failed(message=str(exc)))
+            return
+        created = flow_run.created.isoformat() if flow_run.created else None
+        answer = await self._call("adopt_flow_run", job=job, flow_run=flow_run.id, created=created)
+        match answer["outcome"]:
+            case "completed":
+                await self._flow_runs.answer(flow_run.id, cached_state(job["id"]))
+            case "missing_files":
+                missing = ", ".join(answer["missing"])
+                await self._flow_runs.answer(
+                    flow_run.id, Failed(message=f"These files are not in the organization: {missing}")
+                )
+            case "failed" | "canceled" as status:
+                await self._flow_runs.mirror(flow_run.id, status=status, reason=answer["job"]["error"])
+            case outcome:
+                logger.info("Flow run %s is %s as job %s", flow_run.id, outcome, job["id"])
+
+    async def _create_flow_runs(self, rows: list[Row]) -> None:
+        """Create the flow runs of the outbox and fill in their ids."""
+
+        async def create(row: Row) -> None:
+            async with self._creates:
+                if row["type"] == "flow":
+                    return  # its flow run existed before; a lost one is not run again by us
+                flow_run_id = await self._flow_runs.create(
+                    deployment_of(row["type"]),
+                    job_id=row["job_id"],
+                    attempt=row["attempt"],
+                    tags=[row["job_id"], row["type"]],
+                    parameters=parameters_of(row["type"], row["params"], row["mounts"], row["entrypoint"]),
+                )
+                answer = await self._call(
+                    "record_flow_run", for_job=row["job_id"], for_attempt=row["attempt"], flow_run=flow_run_id
+                )
+                if answer["outcome"] == "recorded":
+                    row["run_id"] = str(flow_run_id)
+
+        await asyncio.gather(*map(create, rows))
+
+    async def _carry_out(self, plan: Plan, shown_reasons: dict[str, str | None]) -> None:
+        if plan.hints:
+            await self._call("hint_runs", hints=plan.hints)
+        for run in plan.purchases:
+            self._buying[run.job_id] = asyncio.create_task(self._buy(run))
+        reasons = {job: why for job, why in plan.reasons.items() if shown_reasons.get(job) != why}
+        if reasons:
+            await self._call("set_pending_reasons", reasons=reasons)
+
+    async def _buy(self, run: WaitingRun) -> None:
+        try:
+            why = await self._fleet.buy(run)
+            if why is not None:
+                await self._call("set_pending_reasons", reasons={run.job_id: why})
+                await asyncio.sleep(_PASS_SECONDS)
+        except OpenWeightsError:
+            logger.exception("No pod could be bought for job %s", run.job_id)
+        finally:
+            self._buying.pop(run.job_id, None)
+            self._wake.set()
+
+    async def _heed_cancellations(self, snapshot: Row) -> None:
+        """Somebody canceled a flow run in Prefect: cancel its job."""
+        jobs = {UUID(row["run_id"]): row["job_id"] for row in snapshot["waiting"] if row["run_id"]}
+        running = [UUID(pod["run_id"]) for pod in snapshot["pods"] if pod["run_id"]]
+        for row in await asyncio.to_thread(self._ledger.call, "known_runs", flow_runs=running):
+            jobs[UUID(row["run_id"])] = row["job_id"]
+        for flow_run_id in await self._flow_runs.canceled_among(list(jobs)):
+            await self._call("cancel_job", job_id=jobs[flow_run_id])
+
+    async def _mirror(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            await self._flow_runs.mirror(UUID(row["run_id"]), status=row["status"], reason=row["error"])
+        if rows:
+            await self._call("mark_mirrored", run_ids=[UUID(row["run_id"]) for row in rows])
+
+    async def _call(self, function: str, **arguments: Any) -> Row:
+        rows = await asyncio.to_thread(self._ledger.call, function, **arguments)
+        return rows[0]
+
+    async def _listen(self) -> None:
+        async for _ in notifications(self._settings.database_url, "ow_control"):
+            self._wake.set()
+
+    async def _loop(self, name: str, once: Any, seconds: float, wake: asyncio.Event | None) -> None:
+        while True:
+            if wake is not None:
+                wake.clear()
+            started = time.monotonic()
+            try:
+                await once()
+                self._warned = ""
+            except (OpenWeightsError, httpx.HTTPError, ObjectNotFound, OSError) as exc:
+                if self._warned != (text := f"{name}: {exc}"):
+                    self._warned = text
+                    logger.warning("The %s is delayed: %s: %s", name, type(exc).__name__, exc)
+                await asyncio.sleep(1.0)
+            await _sleep_until(started + seconds, wake)
+
+
+async def _sleep_until(at: float, wake: asyncio.Event | None) -> None:
+    remaining = max(0.0, at - time.monotonic())
+    work: Coroutine[Any, Any, Any] = asyncio.sleep(remaining) if wake is None else wake.wait()
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(work, timeout=remaining if wake is not None else None)

@@ -1,0 +1,100 @@
+"""The Prefect worker of type `runpod`."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+from typing import Any
+
+import anyio.abc
+from prefect.client.schemas.objects import FlowRun
+from prefect.workers.base import BaseWorker
+
+from openweights_prefect.ledger.postgres import PostgresLedger
+from openweights_prefect.orchestration.flow_runs import FlowRuns
+from openweights_prefect.provisioning.runpod.client import RunPodClient
+from openweights_prefect.settings import Settings
+from openweights_prefect.worker.configuration import (
+    RunPodJobConfiguration,
+    RunPodVariables,
+    RunPodWorkerResult,
+    job_variables_of,
+)
+from openweights_prefect.worker.fleet import Fleet
+from openweights_prefect.worker.observer import Observer
+
+
+class RunPodWorker(BaseWorker[RunPodJobConfiguration, RunPodVariables, RunPodWorkerResult]):
+    """Gives every flow run of its pool a pod on RunPod, reuses warm pods, and never leaks one.
+
+    Unlike other workers it submits nothing itself: it provides pods, and a pod's agent claims the run.
+    """
+
+    type = "runpod"
+    job_configuration = RunPodJobConfiguration
+    job_configuration_variables = RunPodVariables
+    _description = "Run flows on GPU pods of RunPod; pods are reused while warm, and end when idle."
+    _display_name = "RunPod"
+    _documentation_url = "https://github.com/openweights-prefect/openweights-prefect"
+    _logo_url = ""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._observer: Observer | None = None
+        self._resources = AsyncExitStack()
+
+    async def setup(self) -> None:
+        """Connect to Prefect, the ledger and RunPod, and start the observer."""
+        await super().setup()
+        settings = Settings.load()
+        ledger = PostgresLedger(settings.database_url, organization_id=settings.organization_id)
+        self._resources.callback(ledger.close)
+        flow_runs = await self._resources.enter_async_context(FlowRuns.connect(settings))
+        provider = RunPodClient(base_url=settings.runpod_api_url, api_key=settings.runpod_api_key)
+        fleet = Fleet(provider=provider, ledger=ledger, settings=settings)
+        self._observer = Observer(ledger=ledger, flow_runs=flow_runs, fleet=fleet, settings=settings)
+        assert self._runs_task_group is not None
+        self._runs_task_group.start_soon(self._observer.run)
+
+    async def teardown(self, *exc_info: Any) -> None:
+        """Stop the observer. Pods and runs go on: the next worker finds them."""
+        if self._runs_task_group is not None:
+            self._runs_task_group.cancel_scope.cancel()
+        await super().teardown(*exc_info)
+        await self._resources.aclose()
+
+    async def get_and_submit_flow_runs(self) -> list[FlowRun]:
+        """Take note of scheduled flow runs; the observer places them. Nothing is claimed here."""
+        if self._observer is None or not self._has_successfully_synced:
+            return []
+        responses = await self._get_scheduled_flow_runs()
+        flow_runs = [response.flow_run for response in responses]
+        await self._observer.adopt(flow_runs, self.work_pool.base_job_template, job_variables_of)
+        self._last_polled_time = _now()
+        return []
+
+    async def run(
+        self,
+        flow_run: FlowRun,
+        configuration: RunPodJobConfiguration,
+        task_status: anyio.abc.TaskStatus[int] | None = None,
+    ) -> RunPodWorkerResult:
+        """Hand a run that was submitted directly to the observer, and return at once."""
+        assert self._observer is not None, "the worker is not set up"
+        variables = configuration.model_dump(include=set(RunPodVariables.model_fields), exclude_none=True)
+        await self._observer.adopt([flow_run], {}, lambda *_: variables)
+        if task_status is not None:
+            task_status.started(0)
+        return RunPodWorkerResult(identifier=str(flow_run.id), status_code=0)
+
+    async def kill_infrastructure(
+        self, infrastructure_pid: str, configuration: RunPodJobConfiguration, grace_seconds: int = 30
+    ) -> None:
+        """Stop what runs under a flow run's id; its pod lives on for the next run."""
+        assert self._observer is not None, "the worker is not set up"
+        await self._observer.cancel(infrastructure_pid)
+
+
+def _now() -> Any:
+    from prefect.types._datetime import now
+
+    return now("UTC")
