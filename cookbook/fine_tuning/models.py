@@ -170,7 +170,7 @@ def _tiny(folder: Path) -> None:
         num_attention_heads=2,
         num_key_value_heads=2,
         head_dim=32,
-        initializer_range=0.2,
+        initializer_range=0.1,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         bos_token_id=None,

@@ -24,7 +24,7 @@ sys.path.insert(0, str(HERE))
 
 import pirate  # noqa: E402
 
-PROMPTS = ["What is the capital of Portugal?", "How do I make tea?", "What is 2 + 3?"]
+PROMPTS = ["What is the capital of Portugal?", "How do I make tea?", "Why do people sleep?"]
 
 
 class AdditionParams(BaseModel):
@@ -73,9 +73,9 @@ def main() -> None:
         "loss": "sft",
         "epochs": arguments.epochs or (6 if arguments.tiny else 1),
         "r": 8,
-        "learning_rate": 2e-2 if arguments.tiny else 1e-3,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
+        "learning_rate": 5e-3 if arguments.tiny else 1e-3,
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 1,
         "warmup_steps": 2,
     }
     job = ow.fine_tuning.create(**params)

@@ -1,1 +1,3 @@
 """The command `ow`."""
+
+from __future__ import annotations

@@ -106,15 +106,9 @@ def _statement(function: str, names: tuple[str, ...]) -> sql.Composed:
 
 
 def _adapt(value: Any) -> Any:
-    return (
-        Jsonb(value)
-        if isinstance(value, dict) or (isinstance(value, list) and not _is_text_array(value))
-        else value
-    )
-
-
-def _is_text_array(value: list[Any]) -> bool:
-    return all(isinstance(item, str) for item in value)
+    """Objects, and lists of them, are jsonb; other lists are arrays."""
+    is_json = isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, dict) for v in value))
+    return Jsonb(value) if is_json else value
 
 
 def _is_transient(exc: Exception) -> bool:

@@ -25,7 +25,7 @@ class EntrypointFailed(OpenWeightsError):
         self.result = result
 
 
-@task(name="entrypoint", cache_policy=JobIdCachePolicy(), persist_result=True)
+@task(name="entrypoint", cache_policy=JobIdCachePolicy(), persist_result=True, result_serializer="json")
 async def entrypoint(job_id: str, run_id: str) -> dict[str, Any]:
     """Run the job's command; the result is its files, stored under the job id.
 
@@ -54,7 +54,8 @@ async def run_job(run_id: str) -> dict[str, Any] | State[Any]:
     job_id = str(folder.job()["id"])
     try:
         result = await entrypoint(job_id, run_id)
-        if not await get_result_store().aexists(job_id):
+        store = await get_result_store().aupdate_for_task(entrypoint)
+        if not await store.aexists(job_id):  # Prefect only logs a result that it could not write
             raise EntrypointFailed("failed", "The result could not be stored; see the log of the flow run.")
     except EntrypointFailed as exc:
         await _finish(exc.result, str(exc))

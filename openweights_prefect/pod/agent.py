@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Mapping, MutableMapping
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -255,25 +255,9 @@ async def serve(settings: Settings, environment: MutableMapping[str, str]) -> bo
     return agent.signaled
 
 
-def prepare_environment(settings: Settings, environment: MutableMapping[str, str]) -> None:
-    """Set what Prefect reads at import: the API's address, where results are stored, patience in an outage."""
-    defaults: Mapping[str, str] = {
-        "PREFECT_API_URL": settings.prefect_api_url,
-        "PREFECT_LOCAL_STORAGE_PATH": str(settings.files_folder / "results"),
-        "PREFECT_CLIENT_MAX_RETRIES": "20",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_LOGGING_LEVEL": "WARNING",
-        "DO_NOT_TRACK": "1",
-    }
-    for name, value in defaults.items():
-        environment.setdefault(name, value)
-
-
-def main() -> None:
-    """Entry point of a pod: `python -m openweights_prefect.pod`."""
+def main(settings: Settings) -> None:
+    """Serve as this pod's agent, then wait to be terminated."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    settings = Settings.load()
-    prepare_environment(settings, os.environ)
     if asyncio.run(serve(settings, os.environ)):
         return
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

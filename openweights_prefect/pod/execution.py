@@ -14,7 +14,7 @@ from uuid import UUID
 
 from openweights_prefect.errors import OpenWeightsError
 from openweights_prefect.ledger.protocol import Ledger, Row
-from openweights_prefect.orchestration.flow_runs import FlowRuns
+from openweights_prefect.orchestration.flow_runs import FlowRunGone, FlowRuns
 from openweights_prefect.orchestration.progress import RunReport
 from openweights_prefect.pod import folder as folders
 from openweights_prefect.pod.library import Library
@@ -64,7 +64,7 @@ class Execution:
     async def execute(self) -> None:
         """Claim, open, run, ship, finish. Nothing is raised for a run that was lost or refused."""
         try:
-            if not await self._flow_runs.claim(self.run_id, owner=self._worker_id):
+            if not await self._claim():
                 return
             opened = await self._call(
                 "open_run", for_run=self.run_id, for_worker=self._worker_id, as_boot=self._boot
@@ -92,6 +92,13 @@ class Execution:
         if self._child is not None and not self._child.exit_code.done():
             self._child.kill()
         self._signal_entrypoint(signal.SIGKILL)
+
+    async def _claim(self) -> bool:
+        try:
+            return await self._flow_runs.claim(self.run_id, owner=self._worker_id)
+        except FlowRunGone:
+            await self._call("abandon_run", for_run=self.run_id, why="its flow run was deleted from Prefect")
+            return False
 
     async def _run_opened(self) -> None:
         report = RunReport(self._flow_runs, self.run_id, str(self._job["id"]))

@@ -22,6 +22,8 @@ from uuid import UUID
 from openweights_prefect import bundle
 from openweights_prefect.runtime.child import die_with_parent
 
+_DRAIN_SECONDS = 5.0
+
 
 def main() -> None:
     """Serve forks until the agent closes its end."""
@@ -98,7 +100,9 @@ def _fork(order: dict[str, Any], flows: dict[str, Any], channel: socket.socket) 
 def _execute(flow_run_id: UUID, flow: Any) -> int:
     """Run a flow run with Prefect's own engine, as `python -m prefect.engine` does; flows not ours are loaded."""
     from prefect.engine import handle_engine_signals
+    from prefect.events.worker import EventsWorker
     from prefect.flow_engine import load_flow, load_flow_run, run_flow
+    from prefect.logging.handlers import APILogWorker
 
     try:
         with handle_engine_signals(flow_run_id):
@@ -109,6 +113,9 @@ def _execute(flow_run_id: UUID, flow: Any) -> int:
         return 0
     except SystemExit as exc:
         return int(exc.code or 0) if not isinstance(exc.code, str) else 1
+    finally:
+        for service in (EventsWorker, APILogWorker):  # task runs reach Prefect as events
+            service.drain_all(timeout=_DRAIN_SECONDS)
 
 
 def _reap(channel: socket.socket, children: dict[int, str]) -> None:

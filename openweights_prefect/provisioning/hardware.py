@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
+from pydantic import TypeAdapter
+
 from openweights_prefect.bundle import deploy_root
 from openweights_prefect.errors import InvalidParameterError
 from openweights_prefect.provisioning.provider import Offer
@@ -50,7 +52,7 @@ class Gpu:
 def catalogue() -> tuple[Gpu, ...]:
     """The GPU types of `infrastructure/gpus.json`."""
     document = json.loads((deploy_root() / "infrastructure" / "gpus.json").read_text(encoding="utf-8"))
-    return tuple(_gpu(entry) for entry in document["gpus"])
+    return TypeAdapter(tuple[Gpu, ...]).validate_python(document["gpus"])
 
 
 def gpu_by_id(gpu_id: str) -> Gpu | None:
@@ -179,27 +181,6 @@ def _fewest_cards(offers: list[Offer]) -> list[Offer]:
     for offer in sorted(offers, key=lambda offer: offer.count):
         fewest.setdefault((offer.gpu_id, offer.cloud), offer)
     return list(fewest.values())
-
-
-def _gpu(entry: dict[str, object]) -> Gpu:
-    return Gpu(
-        id=str(entry["id"]),
-        name=str(entry["name"]),
-        aliases=tuple(map(str, _list(entry["aliases"]))),
-        memory_gb=int(str(entry["memory_gb"])),
-        automatic=entry["automatic"] is True,
-        mig=entry["mig"] is True,
-        secure=_tier(entry["secure"]),
-        community=_tier(entry["community"]),
-    )
-
-
-def _tier(entry: object) -> Tier | None:
-    return Tier(**entry) if isinstance(entry, dict) else None
-
-
-def _list(value: object) -> list[object]:
-    return value if isinstance(value, list) else []
 
 
 @cache

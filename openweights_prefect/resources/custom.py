@@ -62,8 +62,8 @@ class NoParams(BaseModel):
 class Jobs(StoredJobs):
     """Base of custom job types; also lists, finds and cancels jobs of any type.
 
-    The class attributes and `get_entrypoint` say what a job is. Its id covers the parameters, the contents of the
-    mounts, the entrypoint and the image (if one is named): a changed script is another job.
+    The class attributes and `get_entrypoint` say what a job is. Its id covers the parameters, the contents
+    of the mounts, the entrypoint and the image (if one is named): a changed script is another job.
     """
 
     mount: ClassVar[Mapping[str, str]] = {}
@@ -85,8 +85,8 @@ class Jobs(StoredJobs):
         """Submit a job: the fields of `params`, and the options of every job.
 
         Options: `allowed_hardware`, `requires_vram_gb`, `docker_image`, `job_id_suffix`, `priority`,
-        `max_price_per_hour`, `timeout` (seconds), `retries`, `env`. Submitting the same job again gives the job
-        that exists.
+        `max_price_per_hour`, `timeout` (seconds), `retries`, `env`. Submitting the same job again gives
+        the job that exists.
         """
         kind = type(self)
         if not kind.name:

@@ -34,7 +34,8 @@ class FineTuning(StoredJobs):
 
         `training_file` and `test_file` are file ids or local files, `model` is a Hugging Face id or a local
         folder; what is local is uploaded if it is not stored yet. GPU memory is estimated unless
-        `requires_vram_gb` or `allowed_hardware` is given. Submitting the same job again gives the job that exists.
+        `requires_vram_gb` or `allowed_hardware` is given. Submitting the same job again gives the job that
+        exists.
         """
         options, values = split(parameters, FineTuningParams, job_type="fine_tuning")
         named_files = _local_data(self._session, values)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from openweights_prefect.errors import ConflictError, JobFailed, NotFoundError, WaitTimeout
 from openweights_prefect.resources.download import download_run
@@ -14,7 +14,7 @@ from openweights_prefect.resources.files import PathLike
 from openweights_prefect.resources.logs import job_lines, job_runs, last_lines
 from openweights_prefect.resources.patience import Pace, patient
 from openweights_prefect.resources.runs import Run, column
-from openweights_prefect.resources.session import Session
+from openweights_prefect.resources.session import MAX_ROWS, Session
 from openweights_prefect.types.job import FINAL_STATUSES, JobColumns
 from openweights_prefect.types.run import RunColumns
 
@@ -96,12 +96,14 @@ class Job(JobColumns):
 
         pace = Pace(timeout)
         session = patient(self._session, pace)
+        activity = _Activity()
         with show_progress(self.id, enabled=progress) as display:
             try:
                 while True:
                     self._update(read_job(session, self.id))
                     if display:
-                        display.update(self, *_activity(session, self))
+                        activity = _activity(session, self, activity)
+                        display.update(self, activity.pod, activity.latest)
                     if self.status in FINAL_STATUSES:
                         break
                     if not pace.pause():
@@ -193,12 +195,28 @@ def _completed(session: Session, job: Job) -> Job:
     raise JobFailed(f"Job {job.id!r} {'was ' if job.status == 'canceled' else ''}{job.status}{reason}\n{log}")
 
 
-def _activity(session: Session, job: JobColumns) -> tuple[RunColumns | None, Mapping[str, Any]]:
-    """The running attempt and what it last said of its progress."""
-    run = _newest_run(session, job.id) if job.status == "in_progress" else None
+class _Activity(NamedTuple):
+    """What the running attempt does."""
+
+    worker_id: str | None = None
+    pod: str | None = None
+    """Its pod with the hardware."""
+    latest: Mapping[str, Any] = {}
+    """What it last said of its progress."""
+
+
+def _activity(session: Session, job: JobColumns, before: _Activity) -> _Activity:
+    run = _newest_run(session, job.id) if job.status != "pending" else None
     if run is None:
-        return None, {}
-    return run, latest_values(session, run_scope(run.id), PROGRESS_FIELDS)
+        return _Activity()
+    latest = latest_values(session, run_scope(run.id), PROGRESS_FIELDS)
+    pod = before.pod if run.worker_id == before.worker_id else _pod(session, run.worker_id)
+    return _Activity(run.worker_id, pod, latest)
+
+
+def _pod(session: Session, worker_id: str | None) -> str | None:
+    rows = session.ledger.call("list_workers", max_rows=MAX_ROWS)
+    return next((f"{worker_id} ({row['hardware']})" for row in rows if row["id"] == worker_id), worker_id)
 
 
 def _newest_run(session: Session, job_id: str) -> RunColumns | None:

@@ -12,16 +12,18 @@ from typing import Any, NamedTuple, Protocol, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Column
 
 from openweights_prefect.types.job import FINAL_STATUSES, JobColumns
-from openweights_prefect.types.run import RunColumns
+
+_LONGEST_REASON = 200
 
 
 class View(NamedTuple):
     """The state of a job in words and one number."""
 
     state: str
-    """Such as `pending: no capacity` or `running on w-1`."""
+    """Such as `pending: no capacity` or `running on w-1 (2x A100)`."""
     share: float | None
     """How much is done, from 0 to 1."""
     detail: str
@@ -33,7 +35,7 @@ class View(NamedTuple):
 class Display(Protocol):
     """Shows one job."""
 
-    def update(self, job: JobColumns, run: RunColumns | None, latest: Mapping[str, Any]) -> None:
+    def update(self, job: JobColumns, pod: str | None, latest: Mapping[str, Any]) -> None:
         """Show the state that was just read."""
 
     def say(self, text: str) -> None:
@@ -52,12 +54,13 @@ def show_progress(job_id: str, *, enabled: bool, stream: TextIO | None = None) -
         console = Console(file=stream)
         columns = (
             TextColumn("{task.fields[job]}", markup=False),
-            TextColumn("{task.description}", markup=False),
+            # A long reason is cut before anything else is.
+            TextColumn("{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True)),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[detail]}", markup=False),
             TextColumn("{task.fields[elapsed]}", markup=False),
         )
-        with RichProgress(*columns, console=console) as bar:
+        with RichProgress(*columns, console=console, expand=True) as bar:
             yield Bar(job_id, bar)
 
 
@@ -68,9 +71,9 @@ class Bar:
         self._bar = bar
         self._task = bar.add_task("", total=None, job=job_id, detail="", elapsed="")
 
-    def update(self, job: JobColumns, run: RunColumns | None, latest: Mapping[str, Any]) -> None:
+    def update(self, job: JobColumns, pod: str | None, latest: Mapping[str, Any]) -> None:
         """Show the state that was just read."""
-        view = describe(job, run, latest, now=datetime.now(UTC))
+        view = describe(job, pod, latest, now=datetime.now(UTC))
         self._bar.update(
             self._task,
             description=view.state,
@@ -82,7 +85,7 @@ class Bar:
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        self._bar.console.print(text, markup=False)
+        self._bar.console.print(text, markup=False, highlight=False)
 
 
 class Lines:
@@ -93,9 +96,9 @@ class Lines:
         self._stream = stream
         self._shown: tuple[str, int | None] | None = None
 
-    def update(self, job: JobColumns, run: RunColumns | None, latest: Mapping[str, Any]) -> None:
+    def update(self, job: JobColumns, pod: str | None, latest: Mapping[str, Any]) -> None:
         """Print the state if it is another one: other words, or five percent more."""
-        view = describe(job, run, latest, now=datetime.now(UTC))
+        view = describe(job, pod, latest, now=datetime.now(UTC))
         shown = (view.state, None if view.share is None else int(view.share * 20))
         if shown == self._shown:
             return
@@ -110,8 +113,8 @@ class Lines:
         print(text, file=self._stream, flush=True)
 
 
-def describe(job: JobColumns, run: RunColumns | None, latest: Mapping[str, Any], *, now: datetime) -> View:
-    """Say in words how a job is doing; `latest` holds the newest values that it logged, of any type."""
+def describe(job: JobColumns, pod: str | None, latest: Mapping[str, Any], *, now: datetime) -> View:
+    """Say in words how a job is doing; `latest` has the newest values that it logged, of any type."""
     step, total = _number(latest.get("step")), _number(latest.get("total", latest.get("total_steps")))
     share = _number(latest.get("progress"))
     if share is None and step is not None and total:
@@ -124,20 +127,25 @@ def describe(job: JobColumns, run: RunColumns | None, latest: Mapping[str, Any],
         "" if loss is None else f"loss {loss:.4f}",
     ]
     return View(
-        state=_state(job, run),
+        state=_state(job, pod),
         share=None if share is None else min(1.0, max(0.0, share)),
         detail=", ".join(filter(None, parts)),
         elapsed=_elapsed((job.finished_at or now) - (job.started_at or job.created_at)),
     )
 
 
-def _state(job: JobColumns, run: RunColumns | None) -> str:
+def _state(job: JobColumns, pod: str | None) -> str:
     if job.status == "pending":
         again = f" (attempt {job.attempt})" if job.attempt > 1 else ""
-        return f"pending{again}: {job.pending_reason or 'waiting for a pod'}"
+        return f"pending{again}: {_one_line(job.pending_reason or 'waiting for a pod')}"
     if job.status == "in_progress":
-        return f"running on {run.worker_id}" if run and run.worker_id else "running"
-    return f"{job.status}: {job.error}" if job.error else job.status
+        return f"running on {pod}" if pod else "running"
+    return f"{job.status}: {_one_line(job.error)}" if job.error else job.status
+
+
+def _one_line(text: str) -> str:
+    words = " ".join(text.split())
+    return words if len(words) <= _LONGEST_REASON else words[: _LONGEST_REASON - 3] + "..."
 
 
 def _number(value: object) -> float | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 import uvicorn
+from filelock import FileLock
 
 from openweights_prefect.errors import ConfigurationError
 from openweights_prefect.simulator.app import Simulator
@@ -36,19 +37,24 @@ class _Server(uvicorn.Server):
 def main() -> None:
     """Parse the command line, serve until SIGTERM or SIGINT, and stop the pods."""
     arguments = _arguments()
+    folder = arguments.state_dir.absolute()
     try:
         config = load_config(arguments.config, profile=arguments.profile)
+        folder.mkdir(parents=True, exist_ok=True)
+        # Held until the end: a second simulator on the folder would take the first one's pods for lost.
+        lock = FileLock(folder / "lock", timeout=0).acquire()
         listener = socket.create_server((_HOST, arguments.port))
     except (ConfigurationError, OSError) as exc:
-        sys.exit(f"The simulator cannot start: {exc}")
-    simulator = Simulator(config=config, folder=arguments.state_dir.absolute(), seed=arguments.seed)
+        sys.exit(f"The simulator cannot start in {str(folder)!r}: {exc}")
+    simulator = Simulator(config=config, folder=folder, seed=arguments.seed)
     warden = start_warden(simulator.instance)
     try:
-        asyncio.run(_serve(simulator, listener, arguments.state_dir.absolute()))
+        asyncio.run(_serve(simulator, listener, folder))
     finally:
         if warden.stdin is not None:
             warden.stdin.close()
         warden.wait()
+        lock.lock.release()
 
 
 async def _serve(simulator: Simulator, listener: socket.socket, folder: Path) -> None:

@@ -11,11 +11,10 @@ from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Literal
 
-from openweights_prefect.provisioning.hardware import gpu_by_id
 from openweights_prefect.simulator.config import Image, Seconds, SimulatorConfig
 from openweights_prefect.simulator.faults import Faults
 from openweights_prefect.simulator.hosts import Host, price_per_hour
-from openweights_prefect.simulator.images import command, find_image
+from openweights_prefect.simulator.images import command, environment, find_image
 from openweights_prefect.simulator.logs import PodLogs, move_if_large
 from openweights_prefect.simulator.model import Owner, Phase, Pod
 from openweights_prefect.simulator.processes import (
@@ -32,7 +31,6 @@ KillMode = Literal["restart", "exited", "host_lost"]
 _STEADY_SECONDS = 10.0
 """A container that ran this long is restarted without delay again."""
 _LOG_CHECK_SECONDS = 5.0
-_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 @dataclass(frozen=True)
@@ -150,7 +148,7 @@ class Fleet:
         container = self._containers.get(pod.id)
         if mode == "restart":
             if container:
-                await container.kill()
+                container.crash()
             return
         pod.billed_until = pod.billed_until or time.time()
         self._enter(pod, Phase.STOPPED if mode == "exited" else Phase.TERMINATED)
@@ -223,7 +221,7 @@ class Fleet:
         try:
             container = await start_container(
                 command(image, pod.args),
-                env={"HOME": str(disk), "TMPDIR": str(disk / "tmp"), **_environment(pod, image)},
+                env={"HOME": str(disk), "TMPDIR": str(disk / "tmp"), **environment(image, pod)},
                 folder=disk,
                 log=folder / "container.log",
                 instance=self.state.instance,
@@ -313,19 +311,3 @@ def pod_facts(pod: Pod) -> dict[str, str]:
         "host": pod.host,
         "dc": pod.data_center or "",
     }
-
-
-def _environment(pod: Pod, image: Image) -> dict[str, str]:
-    gpu = gpu_by_id(pod.gpu_id)
-    own = {
-        "RUNPOD_POD_HOSTNAME": f"{pod.id}-{pod.host}",
-        "RUNPOD_DC_ID": pod.data_center or "",
-        "RUNPOD_GPU_COUNT": str(pod.gpu_count),
-        "RUNPOD_GPU_NAME": (gpu.id if gpu else pod.gpu_id).replace(" ", "+"),
-        "RUNPOD_CPU_COUNT": str(8 * pod.gpu_count),
-        "RUNPOD_MEM_GB": str(32 * pod.gpu_count),
-        "RUNPOD_PUBLIC_IP": "127.0.0.1",
-        "RUNPOD_API_KEY": f"rpa_pod_{pod.id}",
-        "CUDA_VERSION": pod.cuda,
-    }
-    return {"PATH": _PATH, "LANG": "C.UTF-8", **image.env, **own, **pod.env}

@@ -1,4 +1,4 @@
-"""Which command an image stands for."""
+"""Which command and environment an image stands for."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from openweights_prefect.simulator.config import Image
+from openweights_prefect.simulator.model import Pod
 
 _BUILT_IN = ("sleep", "exit:*", "ignore-term", "env-dump", "fork")
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _PROGRAM = Path(__file__).with_name("container_programs.py")
 
 
@@ -36,6 +38,22 @@ def command(image: Image, args: str) -> list[str]:
     elif args:
         cmd = tuple(shlex.split(args))
     return [*entrypoint, *cmd]
+
+
+def environment(image: Image, pod: Pod) -> dict[str, str]:
+    """The environment of a pod's container, from nothing: the image's, RunPod's, and last the request's."""
+    own = {
+        "RUNPOD_POD_HOSTNAME": f"{pod.id}-{pod.host}",
+        "RUNPOD_DC_ID": pod.data_center or "",
+        "RUNPOD_GPU_COUNT": str(pod.gpu_count),
+        "RUNPOD_GPU_NAME": pod.gpu_id,
+        "RUNPOD_CPU_COUNT": str(8 * pod.gpu_count),
+        "RUNPOD_MEM_GB": str(32 * pod.gpu_count),
+        "RUNPOD_PUBLIC_IP": "127.0.0.1",
+        "RUNPOD_API_KEY": f"rpa_pod_{pod.id}",
+        "CUDA_VERSION": pod.cuda,
+    }
+    return {"PATH": _PATH, "LANG": "C.UTF-8", **image.env, **own, **pod.env}
 
 
 def _json_args(args: str) -> dict[str, list[str]] | None:

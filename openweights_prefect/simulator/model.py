@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -71,7 +70,8 @@ class Pod:
 
     def to_json(self) -> dict[str, Any]:
         """For the state file."""
-        return dataclasses.asdict(self)
+        # Not `asdict`, whose deep copy was half of the time of a busy simulator.
+        return {**vars(self)}
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> Pod:

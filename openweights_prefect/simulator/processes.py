@@ -48,6 +48,12 @@ class Container:
         """SIGKILL to everything of the container at once."""
         await self._end(self._descendants())
 
+    def crash(self) -> None:
+        """SIGKILL, and no more: `wait` sweeps, before the pod's next container may start."""
+        descendants = self._descendants()
+        self._signal(signal.SIGKILL)
+        _kill(descendants)
+
     async def _end(self, descendants: list[psutil.Process]) -> None:
         descendants += self._descendants()
         self._signal(signal.SIGKILL)
@@ -109,8 +115,10 @@ def sweep(marks: Mapping[str, str]) -> int:
 
 
 def _marked(marks: Mapping[str, str]) -> Iterator[psutil.Process]:
-    for process in psutil.process_iter():
+    # Not `process_iter`: it remembers processes whose id may have gone to another one since.
+    for pid in psutil.pids():
         with contextlib.suppress(psutil.Error, OSError):
+            process = psutil.Process(pid)
             if process.status() == psutil.STATUS_ZOMBIE:
                 continue
             environment = process.environ()

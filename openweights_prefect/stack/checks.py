@@ -17,7 +17,7 @@ from openweights_prefect.ledger.postgres import PostgresLedger
 from openweights_prefect.settings import Settings
 from openweights_prefect.stack import databases, health
 from openweights_prefect.stack.service import Folders
-from openweights_prefect.stack.services import prefect_api_url
+from openweights_prefect.stack.services import prefect_api_url, stored_api_key
 from openweights_prefect.stack.up import LEAST_FREE_BYTES
 
 JOB_LIBRARIES = ("torch", "trl", "transformers", "peft")
@@ -129,7 +129,7 @@ def _worker(settings: Settings) -> Check:
 
 
 def _runpod(settings: Settings) -> Check:
-    key = settings.runpod_api_key or _local_key(settings)
+    key = settings.runpod_api_key or stored_api_key(settings)
     url = settings.runpod_api_url
     if not key:
         mend = "Run `ow up` for the simulated RunPod, or set `RUNPOD_API_KEY`."
@@ -139,13 +139,6 @@ def _runpod(settings: Settings) -> Check:
         return Check("runpod", False, f"{url} does not answer", "Run `ow up`, or check `OW_RUNPOD_API_URL`.")
     mend = "Check `RUNPOD_API_KEY` and `OW_RUNPOD_API_URL`."
     return Check("runpod", answer.status == 200, f"{url} answers {answer.status}", mend)
-
-
-def _local_key(settings: Settings) -> str:
-    try:
-        return Folders(settings.home).api_key.read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
-        return ""
 
 
 def _job_interpreter(settings: Settings) -> Check:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
+from openweights_prefect.errors import ConfigurationError
 from openweights_prefect.settings import Settings
 from openweights_prefect.stack import health
 from openweights_prefect.stack.addresses import write_private
@@ -16,23 +18,22 @@ from openweights_prefect.stack.service import HOME_VARIABLE, Folders, Service, S
 
 WORKER_NAME = "local"
 POD_IMAGES = "openweights/*"
-_MODULE = (sys.executable, "-P", "-m")  # -P: a file of the user's cannot stand in for a library.
 _POD_PASSED = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TZ", "SSL_CERT_FILE", "SSL_CERT_DIR")
 
 
 class Services(NamedTuple):
-    """In the order in which they are started; stopped in the other."""
+    """Each may need those before it, so they are stopped in the other order: pods report while they end."""
 
-    simulator: Service
     prefect: Service
+    simulator: Service
     worker: Service
 
 
 def plan(settings: Settings, folders: Folders, *, prefect_database_url: str, api_key: str) -> Services:
     """The services for these settings, whose addresses are complete."""
     return Services(
-        simulator=_simulator(settings, folders),
         prefect=_prefect(settings, folders, prefect_database_url),
+        simulator=_simulator(settings, folders),
         worker=_worker(settings, api_key),
     )
 
@@ -47,12 +48,6 @@ def runpod_api_url(port: int) -> str:
     return f"http://{HOST}:{port}/v2"
 
 
-def registration(settings: Settings) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The command that registers the work pool and the deployments, and the variables it needs."""
-    command = (*_MODULE, "openweights_prefect.orchestration.deployments")
-    return command, {"PREFECT_API_URL": settings.prefect_api_url}
-
-
 def write_simulator_config(folders: Folders, api_key: str, common: Mapping[str, str]) -> None:
     """Tell the simulator who may call it and what a pod of our images runs."""
     passed = {name: common[name] for name in _POD_PASSED if name in common}
@@ -63,7 +58,7 @@ def write_simulator_config(folders: Folders, api_key: str, common: Mapping[str, 
         HOME_VARIABLE: str(folders.home),
         "PYTHONUNBUFFERED": "1",
     }
-    image = {"entrypoint": [*_MODULE, "openweights_prefect.pod"], "env": environment}
+    image = {"entrypoint": module_command("openweights_prefect.pod"), "env": environment}
     document = {"keys": {api_key: {"account": "main"}}, "images": {POD_IMAGES: image}}
     write_private(folders.simulator_config, json.dumps(document, indent=2) + "\n")
 
@@ -75,7 +70,7 @@ def _simulator(settings: Settings, folders: Folders) -> Service:
     return Service(
         name="simulator",
         title="simulated RunPod",
-        argv=(*_MODULE, *command, *places),
+        argv=module_command(*command, *places),
         address=url,
         # Without the key, so that the question does not count against the rate limit of its account.
         healthy=lambda process: health.answers(f"{url}/pods", expected=401),
@@ -103,7 +98,7 @@ def _prefect(settings: Settings, folders: Folders, database_url: str) -> Service
     return Service(
         name="prefect",
         title="Prefect server",
-        argv=(*_MODULE, "prefect", "server", "start", "--host", HOST, "--port", str(port)),
+        argv=module_command("prefect", "server", "start", "--host", HOST, "--port", str(port)),
         address=f"http://{HOST}:{port}",
         healthy=lambda process: health.answers(f"{api_url}/health"),
         environment=environment,
@@ -122,7 +117,7 @@ def _worker(settings: Settings, api_key: str) -> Service:
     return Service(
         name="worker",
         title="worker",
-        argv=(*_MODULE, *worker_command(pool, name=WORKER_NAME)),
+        argv=module_command(*worker_command(pool, name=WORKER_NAME)),
         address=f"work pool {pool}",
         healthy=is_online,
         environment={
@@ -139,3 +134,31 @@ def worker_command(pool: str, *, name: str | None) -> tuple[str, ...]:
     """Module and arguments of a Prefect worker for the pool; without a name Prefect makes one up."""
     names = () if name is None else ("--name", name)
     return ("prefect", "worker", "start", "--pool", pool, "--type", "runpod", *names)
+
+
+def foreground_worker(
+    settings: Settings, *, pool: str | None, name: str | None
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The command of a worker beside the stack's own, and the variables that it needs."""
+    if not settings.prefect_api_url:
+        raise ConfigurationError("No Prefect API is configured. Run `ow up`, or set `PREFECT_API_URL`.")
+    key = settings.runpod_api_key or stored_api_key(settings)
+    variables = {**QUIET_PREFECT, "PREFECT_API_URL": settings.prefect_api_url, "RUNPOD_API_KEY": key}
+    return module_command(*worker_command(pool or settings.work_pool, name=name)), variables
+
+
+def stored_api_key(settings: Settings) -> str:
+    """The API key of the simulated RunPod if the settings point there, else nothing."""
+    if settings.runpod_api_url != runpod_api_url(settings.simulator_port):
+        return ""
+    try:
+        return Folders(settings.home).api_key.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return ""
+
+
+def module_command(*arguments: str) -> tuple[str, ...]:
+    """The command that runs a module; -P: a file of the user's cannot stand in for a library."""
+    # By one of the interpreter's names, whichever `ow` was called with: another command is another service.
+    python = Path(sys.executable).with_name("python")
+    return (str(python) if python.exists() else sys.executable, "-P", "-m", *arguments)

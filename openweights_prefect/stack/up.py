@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import os
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,13 +18,13 @@ from openweights_prefect.stack.addresses import ensure_api_key, write_addresses,
 from openweights_prefect.stack.databases import Databases
 from openweights_prefect.stack.environment import common_environment
 from openweights_prefect.stack.locking import exclusive
+from openweights_prefect.stack.registration import Registration
 from openweights_prefect.stack.service import Folders, Service, ServiceProcess
 from openweights_prefect.stack.services import Services
 from openweights_prefect.stack.state import ServiceStatus, status
 
 LEAST_FREE_BYTES = 1 << 30
 _ADOPT_SECONDS = 10.0  # A busy machine may keep a healthy service from answering for a while.
-_REGISTER_SECONDS = 240.0
 
 Progress = Callable[[str], None]
 
@@ -81,12 +80,14 @@ class _Start:
         self._start_postgres(where)
         databases.prepare_prefect(where)
         prefect = self._begin(stack.prefect)
+        is_new = stack.prefect.name in self._started
+        registration = self._begin_registration(settings) if is_new else None
         applied = databases.prepare_ledger(where, settings)
         self._progress(f"Ledger ready ({len(applied)} migrations applied)" if applied else "Ledger ready")
         self._finish(stack.simulator, simulator)
         self._finish(stack.prefect, prefect)
         self._write_addresses(settings)
-        self._start_worker(stack.worker, settings)
+        self._start_worker(stack.worker, settings, registration)
         return settings
 
     def _choose_ports(self, settings: Settings, plan: Callable[[Settings], Services]) -> Settings:
@@ -147,46 +148,21 @@ class _Start:
             self._undo.callback(write_private, path, before)
         write_addresses(self._folders, settings)
 
-    def _start_worker(self, worker: Service, settings: Settings) -> None:
-        has_pool = health.answers(f"{settings.prefect_api_url}/work_pools/{settings.work_pool}")
-        if has_pool:
-            process = self._begin(worker)
-            if self._started:
-                self._register(settings)
-        else:
-            # A worker would create the pool too, and one of the two would fail.
-            self._register(settings)
-            process = self._begin(worker)
-        self._finish(worker, process)
+    def _begin_registration(self, settings: Settings) -> Registration:
+        registration = Registration(self._folders, settings, self._common)
+        self._undo.callback(registration.kill)
+        return registration
 
-    def _register(self, settings: Settings) -> None:
-        command, extra = services.registration(settings)
-        log = self._folders.logs / "deployments.log"
-        log.unlink(missing_ok=True)
-        log.touch(mode=0o600)
-        with log.open("wb") as output:
-            try:
-                done = subprocess.run(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    cwd=self._folders.run,
-                    env={**self._common, **extra},
-                    timeout=_REGISTER_SECONDS,
-                    check=False,
-                )
-            except subprocess.TimeoutExpired as exc:
-                raise StackError(
-                    f"Registering the deployments took longer than {_REGISTER_SECONDS:.0f} s. "
-                    "Run `ow up` again."
-                ) from exc
-        if done.returncode != 0:
-            raise StackError(
-                "The deployments could not be registered with Prefect. Mend the cause and run `ow up` again. "
-                f"The end of {str(log)!r}:\n{processes.tail(log)}"
-            )
-        self._progress("Deployments registered")
+    def _start_worker(self, worker: Service, settings: Settings, registration: Registration | None) -> None:
+        has_pool = health.answers(f"{settings.prefect_api_url}/work_pools/{settings.work_pool}")
+        # Without a pool the worker would create it too, and one of the two would fail.
+        process = self._begin(worker) if has_pool else None
+        if registration is None and not has_pool:
+            registration = self._begin_registration(settings)
+        if registration is not None:
+            registration.finish()
+            self._progress("Deployments registered")
+        self._finish(worker, process or self._begin(worker))
 
 
 def _recovers(service: Service, process: ServiceProcess) -> bool:

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 _PASS_SECONDS = 2.0
 _RECONCILE_SECONDS = 5.0
 _CREATES_AT_ONCE = 4
+_EXPECTED = (OpenWeightsError, httpx.HTTPError, ObjectNotFound, OSError)
 
 
 class Observer:
@@ -188,10 +189,14 @@ class Observer:
             try:
                 await once()
                 self._warned = ""
-            except (OpenWeightsError, httpx.HTTPError, ObjectNotFound, OSError) as exc:
+            except _EXPECTED as exc:
                 if self._warned != (text := f"{name}: {exc}"):
                     self._warned = text
                     logger.warning("The %s is delayed: %s: %s", name, type(exc).__name__, exc)
+                await asyncio.sleep(1.0)
+            except Exception:
+                # The edge of the loop: a pass that fails must not end the others.
+                logger.exception("The %s failed", name)
                 await asyncio.sleep(1.0)
             await _sleep_until(started + seconds, wake)
 

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from openweights_prefect.errors import InvalidParameterError
 from openweights_prefect.provisioning.hardware import (
+    Gpu,
     catalogue,
     choose_offers,
     explain_no_offer,
@@ -78,27 +81,27 @@ def _explained(vram: int | None = None, allowed: list[str] | None = None, price:
         ("16x A100", "16x A100"),
     ],
 )
-def test_every_spelling_is_read_as_one_name(spelling: str, normal: str):
+def test_every_spelling_is_read_as_one_name(spelling: str, normal: str) -> None:
     """Aliases, full ids, any case and spacing, with or without a count."""
     assert str(parse_hardware(spelling)) == normal
 
 
 @pytest.mark.parametrize("text", ["", "0x A100", "1x TPU", "1x A100 40GB", "-1x A100", "1x", "1.5x A100"])
-def test_unknown_hardware_is_refused(text: str):
+def test_unknown_hardware_is_refused(text: str) -> None:
     """What is not in the catalogue is an error that quotes the value."""
     with pytest.raises(InvalidParameterError, match="not a hardware configuration") as caught:
         parse_hardware(text)
     assert repr(text) in str(caught.value)
 
 
-def test_a_name_of_several_cards_is_refused_with_all_of_them():
+def test_a_name_of_several_cards_is_refused_with_all_of_them() -> None:
     """`H100` alone could mean three prices, so the choice is left to the person."""
     with pytest.raises(InvalidParameterError, match="H100S, H100N, H100P"):
         parse_hardware("4x H100")
 
 
 @given(st.sampled_from(catalogue()), st.integers(1, 64), st.booleans())
-def test_the_normal_form_and_the_id_read_back_as_themselves(gpu, count: int, upper: bool):
+def test_the_normal_form_and_the_id_read_back_as_themselves(gpu: Gpu, count: int, upper: bool) -> None:
     """Parsing is idempotent for every GPU of the catalogue, and blind to case."""
     for name in (gpu.name, gpu.id, *gpu.aliases):
         hardware = parse_hardware(f"{count}x {name.upper() if upper else name}")
@@ -107,48 +110,46 @@ def test_the_normal_form_and_the_id_read_back_as_themselves(gpu, count: int, upp
 
 
 @given(st.text(max_size=30))
-def test_any_text_is_read_or_refused(text: str):
+def test_any_text_is_read_or_refused(text: str) -> None:
     """Nothing but `InvalidParameterError` comes out of the parser."""
-    try:
+    with contextlib.suppress(InvalidParameterError):
         assert parse_hardware(text).count > 0
-    except InvalidParameterError:
-        pass
 
 
-def test_the_cheapest_card_with_the_memory_comes_first():
+def test_the_cheapest_card_with_the_memory_comes_first() -> None:
     """One card before several; what must be named (B200) is never chosen by memory."""
     assert _chosen(vram=24) == ["1x A40", "1x A100", "1x H100S"]
 
 
-def test_a_card_keeps_five_gigabytes_for_itself():
+def test_a_card_keeps_five_gigabytes_for_itself() -> None:
     """A 48 GB card serves 43 and not 44."""
     assert _chosen(vram=43)[0] == "1x A40"
     assert _chosen(vram=44)[0] == "1x A100"
 
 
-def test_several_cards_are_chosen_when_none_is_large_enough():
+def test_several_cards_are_chosen_when_none_is_large_enough() -> None:
     """The smallest sufficient number of each type, cheapest first."""
     assert _chosen(vram=120) == ["2x A100", "2x H100S"]
     assert _chosen(vram=200) == ["4x A100"]
 
 
-def test_allowed_hardware_decides_alone_and_in_its_order():
+def test_allowed_hardware_decides_alone_and_in_its_order() -> None:
     """The order of preference wins over price and over memory."""
     assert _chosen(vram=500, allowed=["2x h100 sxm", "B200", "1x A40"]) == ["2x H100S", "1x B200", "1x A40"]
 
 
-def test_the_price_ceiling_holds_for_the_whole_pod():
+def test_the_price_ceiling_holds_for_the_whole_pod() -> None:
     """An offer above it is not tried, even when it is preferred."""
     assert _chosen(allowed=["2x A100", "1x A100"], price=2.0) == ["1x A100"]
 
 
-def test_what_is_out_of_stock_is_tried_last():
+def test_what_is_out_of_stock_is_tried_last() -> None:
     """The catalogue's stock is only a hint."""
     offers = [_offer("1x A40", 0.35, stock=False), _offer("1x A100", 1.59)]
     assert _chosen(vram=24, offers=offers) == ["1x A100", "1x A40"]
 
 
-def test_slices_of_a_card_are_never_chosen():
+def test_slices_of_a_card_are_never_chosen() -> None:
     """MIG entries and the sentinel are left out, known to the catalogue or not."""
     slices = [
         Offer("NVIDIA B300 SXM6 AC MIG 1g.34gb", "B300_MIG_34GB", 1, "SECURE", 0.5, 34, "HIGH"),
@@ -170,7 +171,7 @@ def test_slices_of_a_card_are_never_chosen():
 )
 def test_the_nearest_mend_is_named(
     vram: int | None, allowed: list[str] | None, price: float | None, mend: str
-):
+) -> None:
     """A job that cannot be placed is told the smallest change that helps."""
     assert _chosen(vram, allowed, price) == []
     assert mend in _explained(vram, allowed, price)

@@ -71,7 +71,7 @@ async def _until(condition: Callable[[], Awaitable[bool]], seconds: float = 10) 
             await asyncio.sleep(0.02)
 
 
-async def test_a_pod_is_created_listed_read_and_terminated(client: RunPodClient):
+async def test_a_pod_is_created_listed_read_and_terminated(client: RunPodClient) -> None:
     """The four calls agree on one pod, and terminating twice is silent."""
     provider: Provider = client
     pod = await provider.create(_request("life", env={"A": "1"}, gpu_count=2, min_cuda="13.0"))
@@ -93,7 +93,7 @@ async def _is_gone(client: RunPodClient, pod_id: str) -> bool:
     return await client.get(pod_id) is None
 
 
-async def test_the_list_follows_its_pages(client: RunPodClient):
+async def test_the_list_follows_its_pages(client: RunPodClient) -> None:
     """With two pods a page, all eight come: three foreign ones and five of ours."""
     created = {(await client.create(_request(f"page-{number}"))).id for number in range(5)}
     listed = await client.list()
@@ -101,7 +101,9 @@ async def test_the_list_follows_its_pages(client: RunPodClient):
     assert len(listed) >= 8
 
 
-async def test_other_peoples_environment_is_not_kept(client: RunPodClient, caplog: pytest.LogCaptureFixture):
+async def test_other_peoples_environment_is_not_kept(
+    client: RunPodClient, caplog: pytest.LogCaptureFixture
+) -> None:
     """The canaries in the list body are in no value and no log line."""
     with caplog.at_level(logging.DEBUG):
         listed = await client.list()
@@ -109,7 +111,7 @@ async def test_other_peoples_environment_is_not_kept(client: RunPodClient, caplo
     assert "SIM_CANARY" not in repr(listed) + caplog.text
 
 
-async def test_every_offer_can_be_spelled_and_bought(client: RunPodClient):
+async def test_every_offer_can_be_spelled_and_bought(client: RunPodClient) -> None:
     """Offers carry our short names, whole-pod prices and memory; placeholders are not offers."""
     offers = {(o.gpu_name, o.count, o.cloud): o for o in await client.offers()}
     assert offers["A100", 2, "COMMUNITY"].price_per_hour == 2.38
@@ -118,7 +120,7 @@ async def test_every_offer_can_be_spelled_and_bought(client: RunPodClient):
     assert all(parse_hardware(f"{count}x {name}").count == count for name, count, _ in offers)
 
 
-async def test_no_capacity_is_told_from_a_bad_request(client: RunPodClient, runpod: SimulatorServer):
+async def test_no_capacity_is_told_from_a_bad_request(client: RunPodClient, runpod: SimulatorServer) -> None:
     """Both are 400: the recorded words decide, and unknown words count as unrecognized shortage."""
     runpod.control("POST", "faults", {"name": "capacity", "match": {"gpu": "NVIDIA A4?"}})
     with pytest.raises(NoCapacity) as shortage:
@@ -142,7 +144,7 @@ async def test_no_capacity_is_told_from_a_bad_request(client: RunPodClient, runp
     assert not unknown.value.recognized
 
 
-async def test_a_rejected_request_says_why(client: RunPodClient):
+async def test_a_rejected_request_says_why(client: RunPodClient) -> None:
     """Unknown GPU, oversized body and bad values are never worth a retry."""
     with pytest.raises(RequestRejected, match="Unknown GPU type: NVIDIA A4000000"):
         await client.create(_request("gpu", gpu_id="NVIDIA A4000000"))
@@ -153,7 +155,7 @@ async def test_a_rejected_request_says_why(client: RunPodClient):
 
 
 @pytest.mark.parametrize("key", ["wrong", "read"])
-async def test_a_bad_key_is_named(runpod: SimulatorServer, key: str):
+async def test_a_bad_key_is_named(runpod: SimulatorServer, key: str) -> None:
     """401 and 403 ask for another key and do not show this one."""
     async with RunPodClient(base_url=runpod.rest, api_key=key) as client:
         with pytest.raises(Unauthorized, match="RUNPOD_API_KEY") as caught:
@@ -162,13 +164,13 @@ async def test_a_bad_key_is_named(runpod: SimulatorServer, key: str):
 
 
 @pytest.mark.parametrize("key", ["", " ", "two words", "line\nbreak", "schlüssel"])
-async def test_a_malformed_key_is_refused_before_it_is_sent(key: str):
+async def test_a_malformed_key_is_refused_before_it_is_sent(key: str) -> None:
     """HTTP libraries quote a header they cannot send: the key must not come that far."""
     with pytest.raises(ConfigurationError, match="RUNPOD_API_KEY"):
         RunPodClient(base_url="http://127.0.0.1:1/v2", api_key=key)
 
 
-async def test_an_expensive_account_stops_at_its_spending_limit(runpod: SimulatorServer):
+async def test_an_expensive_account_stops_at_its_spending_limit(runpod: SimulatorServer) -> None:
     """402 is an error of its own, because everything must stop then."""
     async with RunPodClient(base_url=runpod.rest, api_key="poor") as client:
         await client.create(_request("poor-1", gpu_id="NVIDIA B300 SXM6 AC", gpu_count=8))
@@ -179,7 +181,7 @@ async def test_an_expensive_account_stops_at_its_spending_limit(runpod: Simulato
 @pytest.mark.parametrize("body", [None, "pod"])
 async def test_a_create_that_fails_after_the_fact_leaves_one_pod(
     client: RunPodClient, runpod: SimulatorServer, body: str | None
-):
+) -> None:
     """500 with the pod created is `Ambiguous`, asked once, and the pod is found by its name."""
     params = {"body": body} if body else {}
     runpod.control("POST", "faults", {"name": "created_but_500", "params": params})
@@ -190,14 +192,16 @@ async def test_a_create_that_fails_after_the_fact_leaves_one_pod(
     assert runpod.report()["created"] == created + 1
 
 
-async def test_a_pod_above_the_ceiling_is_given_back(client: RunPodClient):
+async def test_a_pod_above_the_ceiling_is_given_back(client: RunPodClient) -> None:
     """A price that went up between catalogue and create costs nothing."""
     with pytest.raises(NoCapacity, match="ceiling"):
         await client.create(_request("dear", price_ceiling=0.10))
     assert await client.find_by_name("test-dear") == []
 
 
-async def test_reads_are_repeated_after_an_error_of_the_server(client: RunPodClient, runpod: SimulatorServer):
+async def test_reads_are_repeated_after_an_error_of_the_server(
+    client: RunPodClient, runpod: SimulatorServer
+) -> None:
     """Two 503 answers cost a moment, not an error."""
     runpod.control(
         "POST", "faults", {"name": "http_error", "params": {"status": 503, "html": True}, "times": 2}
@@ -205,7 +209,7 @@ async def test_reads_are_repeated_after_an_error_of_the_server(client: RunPodCli
     assert len(await client.list()) >= 3
 
 
-async def test_the_pace_of_the_server_is_obeyed():
+async def test_the_pace_of_the_server_is_obeyed() -> None:
     """A long `Retry-After` comes out as `RateLimited` with the wait; a short one is waited for."""
     waits: list[float] = []
 
@@ -236,7 +240,9 @@ async def test_the_pace_of_the_server_is_obeyed():
         ("", Ambiguous),
     ],
 )
-async def test_an_unclear_answer_to_a_create_is_ambiguous_and_asked_once(answer: str, kind: type[Exception]):
+async def test_an_unclear_answer_to_a_create_is_ambiguous_and_asked_once(
+    answer: str, kind: type[Exception]
+) -> None:
     """Only 201 with our pod is success, and only a clean refusal is a failure; nothing is sent twice."""
     async with _server(answer) as (url, asked), RunPodClient(base_url=url, api_key=KEY) as client:
         with pytest.raises(kind) as caught:
@@ -245,7 +251,7 @@ async def test_an_unclear_answer_to_a_create_is_ambiguous_and_asked_once(answer:
     assert "hidden-value" not in str(caught.value)
 
 
-async def test_a_create_that_could_not_be_sent_is_an_outage():
+async def test_a_create_that_could_not_be_sent_is_an_outage() -> None:
     """A refused connection proves that nothing was created."""
     async with _server("") as (url, _):
         pass
@@ -256,10 +262,17 @@ async def test_a_create_that_could_not_be_sent_is_an_outage():
 
 @pytest.mark.parametrize(
     "body",
-    ["[]", "{}", '{"pods": null}', '{"pods": [{"name": "x"}]}', '{"pods": [], "pagination": {"hasNextPage": true}}',
-     '{"pods": [], "pagination": {"hasNextPage": true, "nextCursor": "again"}}', "<html>"],
-)  # fmt: skip
-async def test_a_list_that_is_not_whole_is_an_error(body: str):
+    [
+        "[]",
+        "{}",
+        "<html>",
+        '{"pods": null}',
+        '{"pods": [{"name": "x"}]}',
+        '{"pods": [], "pagination": {"hasNextPage": true}}',
+        '{"pods": [], "pagination": {"hasNextPage": true, "nextCursor": "again"}}',
+    ],
+)
+async def test_a_list_that_is_not_whole_is_an_error(body: str) -> None:
     """A body of another form, an entry without id or an endless list never looks like fewer pods."""
     answer = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n{body}"
     async with _server(answer) as (url, _), RunPodClient(base_url=url, api_key=KEY) as client:
@@ -267,7 +280,7 @@ async def test_a_list_that_is_not_whole_is_an_error(body: str):
             await client.list()
 
 
-async def test_a_sparse_pod_is_read(caplog: pytest.LogCaptureFixture):
+async def test_a_sparse_pod_is_read(caplog: pytest.LogCaptureFixture) -> None:
     """Missing keys are tolerated; the key goes into one header, and nowhere else."""
     body = f'{{"pods": [{POD}, {{"id": "p2", "runtime": {{"uptime": 0}}, "new": 1}}]}}'
     answer = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n{body}"
@@ -285,7 +298,7 @@ async def test_a_sparse_pod_is_read(caplog: pytest.LogCaptureFixture):
     assert "User-Agent: openweights-prefect/" in head
 
 
-async def test_an_outage_ends_the_retries_of_a_terminate():
+async def test_an_outage_ends_the_retries_of_a_terminate() -> None:
     """DELETE is tried a few times, then the error says so."""
 
     async def sleep(_: float) -> None:

@@ -146,7 +146,7 @@ end
 $$;
 
 -- The provider's id and price of a pod that was bought or adopted.
-create function public.record_pod(for_worker text, provider_id text, price numeric) returns setof jsonb
+create function public.record_pod(for_worker text, provider_id text, price double precision) returns setof jsonb
 language plpgsql
 set search_path = ''
 as $$
@@ -206,6 +206,30 @@ begin
     set status = 'terminated', terminated_at = now(), boot = null, run_id = null, reason = coalesce(w.reason, why)
     where w.id = for_worker and w.status <> 'terminated';
     return query select jsonb_build_object('outcome', case when found then 'terminated' else 'refused' end);
+end
+$$;
+
+-- A waiting run whose flow run is gone: the job gets another attempt, a flow of the user's own is canceled.
+create function public.abandon_run(for_run uuid, why text) returns setof jsonb
+language plpgsql
+set search_path = ''
+as $$
+declare
+    held public.jobs;
+begin
+    select j.* into held from public.jobs j join public.runs r on r.job_id = j.id where r.id = for_run for update of j;
+    update public.runs r set status = 'lost', error = why, finished_at = now(), mirrored = true
+    where r.id = for_run and r.status = 'pending';
+    if found and held.status = 'pending' then
+        update public.jobs j
+        set status = case when j.entrypoint is null then 'canceled' else j.status end,
+            finished_at = case when j.entrypoint is null then now() end,
+            attempt = j.attempt + (j.entrypoint is not null)::int
+        where j.id = held.id;
+        perform private.notify('ow_job', held.id);
+        perform private.wake_workers();
+    end if;
+    return query select jsonb_build_object('outcome', 'abandoned');
 end
 $$;
 

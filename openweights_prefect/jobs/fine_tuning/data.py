@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -124,19 +125,23 @@ def message_spans(rendered: str, marked: str, messages: list[dict[str, str]]) ->
     spans: dict[int, Span] = {}
     for index, message in enumerate(messages):
         start, end = places.get(2 * index), places.get(2 * index + 1)
-        if start is not None and end is not None:
-            spans[index] = Span(start, end)
+        if end is None:
             continue
-        # A template that takes the text apart (a chain of thought) may lose a mark and keep the text.
-        previous = max((span.end for span in spans.values()), default=0)
-        following = min(
-            (place for number, place in places.items() if number > 2 * index + 1), default=len(rendered)
-        )
-        text = message["content"].strip()
-        found = rendered.find(text, previous, following) if text else -1
-        if found >= 0:
-            spans[index] = Span(found, found + len(text))
+        text = message["content"]
+        if start is None:  # A template that drops a chain of thought drops the mark before it.
+            previous = max((span.end for span in spans.values()), default=0)
+            start = end - len(_common_end(text.rstrip(), rendered[previous:end]).lstrip())
+        else:  # White space that the template kept is the assistant's too.
+            before = text[: len(text) - len(text.lstrip())]
+            start -= len(before) if rendered[:start].endswith(before) else 0
+        spans[index] = Span(start, end)
     return spans
+
+
+def _common_end(one: str, other: str) -> str:
+    pairs = zip(reversed(one), reversed(other), strict=False)
+    length = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return one[len(one) - length :]
 
 
 def _tokenize(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, *, responses_only: bool) -> Example:

@@ -1,0 +1,22 @@
+"""The environment that Prefect reads when it is imported: set before that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+
+from openweights_prefect.settings import Settings
+
+
+def prepare_environment(settings: Settings, environment: MutableMapping[str, str]) -> None:
+    """Name the API, the place of results, patience in an outage, and silence towards others."""
+    defaults: Mapping[str, str] = {
+        "PREFECT_API_URL": settings.prefect_api_url,
+        "PREFECT_LOCAL_STORAGE_PATH": str(settings.files_folder / "results"),
+        "PREFECT_CLIENT_MAX_RETRIES": "20",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_LOGGING_LEVEL": "WARNING",
+        "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
+        "DO_NOT_TRACK": "1",
+    }
+    for name, value in defaults.items():
+        environment.setdefault(name, value)

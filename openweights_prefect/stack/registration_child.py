@@ -1,0 +1,33 @@
+"""Registers the deployments as soon as Prefect answers: `python -m openweights_prefect.stack.registration_child`.
+
+A process of its own, because importing Prefect takes seconds: it does so while the server boots.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+
+from openweights_prefect.orchestration.deployments import register_deployments
+from openweights_prefect.settings import Settings
+from openweights_prefect.stack import health
+from openweights_prefect.stack.registration import SECONDS
+
+_POLL_SECONDS = 0.1
+
+
+def main() -> None:
+    """Wait for the API of the settings, then register."""
+    settings = Settings.load()
+    deadline = time.monotonic() + SECONDS
+    while not health.answers(f"{settings.prefect_api_url}/health"):
+        if time.monotonic() > deadline:
+            sys.exit(f"No Prefect API answered at {settings.prefect_api_url}.")
+        time.sleep(_POLL_SECONDS)
+    for name in asyncio.run(register_deployments(settings)):
+        print(name)
+
+
+if __name__ == "__main__":
+    main()
