@@ -15,7 +15,7 @@ from openweights_prefect.stack.checks import Check, check_all
 @json_option
 @click.pass_context
 def doctor(ctx: click.Context, as_json: bool) -> None:
-    """Check settings, services, interpreters and stores, and say how to mend what fails.
+    """Check settings, services and stores, and say how to mend what fails.
 
     The exit code is 0 when every check is ok, else 1.
 

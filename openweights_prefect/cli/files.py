@@ -18,9 +18,9 @@ from openweights_prefect.client import OpenWeights
 @click.option("--all-runs", is_flag=True, help="The files of every run of a job, a folder for each.")
 @json_option
 def fetch(identity: str, output: str | None, all_runs: bool, as_json: bool) -> None:
-    """Download a file, or the results and the log of a job.
+    """Download a file, or the results of a job.
 
-    A file goes to the current folder under its own name, the files of a job to a folder named like the job.
+    The log of the job's last run is among them. A file goes to the current folder under its own name, the files of a job to a folder named like the job.
 
     \b
     Example:

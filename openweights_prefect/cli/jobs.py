@@ -45,9 +45,9 @@ def ls(status: str | None, job_type: str | None, limit: int, as_json: bool) -> N
 @click.argument("job_id", metavar="JOB")
 @json_option
 def show(job_id: str, as_json: bool) -> None:
-    """Show all of a job: its parameters, runs, outputs and address in the Prefect UI.
+    """Show all of a job.
 
-    The exit code is 0 whatever the job's state; scripts read it from `--json`.
+    Its parameters, runs and outputs, and its address in the Prefect UI. The exit code is 0 whatever the job's state; scripts read it from `--json`.
 
     \b
     Example:
@@ -79,9 +79,9 @@ def show(job_id: str, as_json: bool) -> None:
 @click.option("-f", "--follow", is_flag=True, help="Go on until the job is final.")
 @json_option
 def logs(job_id: str, follow: bool, as_json: bool) -> None:
-    """Print the log of a job's newest run.
+    """Print the log of a job.
 
-    With `--json`, each line is a JSON object `{"line": ...}`. Ctrl-C stops following, not the job.
+    That of its newest run. With `--json`, each line is a JSON object `{"line": ...}`. Ctrl-C stops following, not the job.
 
     \b
     Example:
@@ -100,9 +100,9 @@ def logs(job_id: str, follow: bool, as_json: bool) -> None:
 @click.option("-f", "--follow", is_flag=True, help="Go on until the job is final.")
 @json_option
 def events(job_id: str, follow: bool, as_json: bool) -> None:
-    """Print the events of a job's runs, in order.
+    """Print the events of a job.
 
-    With `--json`, each line is one event; numbers that JSON lacks are written like `{"$float": "nan"}`.
+    With `--json`, each line is one event; numbers that JSON lacks are written like `{"$float": "NaN"}`.
 
     \b
     Example:
@@ -122,9 +122,9 @@ def events(job_id: str, follow: bool, as_json: bool) -> None:
 @json_option
 @click.pass_context
 def cancel(ctx: click.Context, job_ids: Sequence[str], as_json: bool) -> None:
-    """Cancel jobs; `-` reads ids from stdin.
+    """Cancel jobs.
 
-    One that cannot be canceled does not keep the others from it; the exit code is 1 then.
+    `-` reads ids from stdin. One that cannot be canceled does not keep the others from it; the exit code is 1 then.
 
     \b
     Example:
@@ -140,9 +140,9 @@ def cancel(ctx: click.Context, job_ids: Sequence[str], as_json: bool) -> None:
 @json_option
 @click.pass_context
 def restart(ctx: click.Context, job_ids: Sequence[str], as_json: bool) -> None:
-    """Run failed or canceled jobs again; `-` reads ids from stdin.
+    """Run failed or canceled jobs again.
 
-    One that cannot be restarted does not keep the others from it; the exit code is 1 then.
+    `-` reads ids from stdin. One that cannot be restarted does not keep the others from it; the exit code is 1 then.
 
     \b
     Example:

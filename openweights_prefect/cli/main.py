@@ -26,7 +26,9 @@ _COMMANDS = {
     "up": _Entry("stack", "up", "Start the local stack, or what is missing of it."),
     "down": _Entry("stack", "down", "Stop the local stack; its data stays."),
     "status": _Entry("stack", "status", "Show the services of the local stack."),
-    "doctor": _Entry("doctor", "doctor", "Check everything, and say how to mend it."),
+    "doctor": _Entry(
+        "doctor", "doctor", "Check settings, services and stores, and say how to mend what fails."
+    ),
     "ls": _Entry("jobs", "ls", "List jobs, newest first."),
     "show": _Entry("jobs", "show", "Show all of a job."),
     "logs": _Entry("jobs", "logs", "Print the log of a job."),

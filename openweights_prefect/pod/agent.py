@@ -78,7 +78,8 @@ class Agent:
 
     async def run(self) -> None:
         """Serve until idle for too long, past the deadline, or told to end."""
-        await asyncio.gather(self._register(), self._nursery.start())
+        await self._nursery.start()  # a pod that cannot run anything never becomes active
+        await self._register()
         loops = [asyncio.create_task(loop()) for loop in (self._keep_beating, self._listen, self._fence)]
         ended = asyncio.create_task(self._ended.wait())
         try:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import MutableMapping
 
 from openweights_prefect.settings import Settings
 
 
 def prepare_environment(settings: Settings, environment: MutableMapping[str, str]) -> None:
     """Name the API, the place of results, patience in an outage, and silence towards others."""
-    defaults: Mapping[str, str] = {
+    defaults = {
         "PREFECT_API_URL": settings.prefect_api_url,
         "PREFECT_LOCAL_STORAGE_PATH": str(settings.files_folder / "results"),
         "PREFECT_CLIENT_MAX_RETRIES": "20",

@@ -14,6 +14,9 @@ _COMMUNITY_CUDA = "12.8"
 _PLACEHOLDER_PRICE = 0.5
 """What RunPod quotes where a type is not sold."""
 
+_SENTINEL = Gpu("unknown", "unknown", (), 0, automatic=False, mig=False, secure=None, community=None)
+"""RunPod's catalogue holds this entry too."""
+
 
 @dataclass(frozen=True)
 class Host:
@@ -57,7 +60,7 @@ class Inventory:
     ) -> dict[str, Any]:
         """The answer of `GET /v2/catalog/gpus`."""
         free = self._free(pods)
-        entries: list[dict[str, Any]] = [{"id": "unknown", "name": "unknown", "memory": 0}]
+        entries: list[dict[str, Any]] = [_entry(_SENTINEL)]
         for gpu in catalogue():
             entry = _entry(gpu)
             if availability:
@@ -101,7 +104,7 @@ def _entry(gpu: Gpu) -> dict[str, Any]:
         "id": gpu.id,
         "name": gpu.aliases[0] if gpu.aliases else gpu.name,
         "pool": None,
-        "manufacturer": gpu.id.split()[0],
+        "manufacturer": "AMD" if gpu.id.startswith("AMD") else "NVIDIA",
         "memory": gpu.memory_gb,
         "secure": gpu.secure is not None,
         "community": gpu.community is not None,

@@ -16,7 +16,7 @@ from openweights_prefect.simulator.processes import INSTANCE_VARIABLE, sweep
 def start_warden(instance: str) -> subprocess.Popen[bytes]:
     """Start the warden of this process; it ends after this process, or when its stdin is closed."""
     return subprocess.Popen(
-        [sys.executable, "-m", __name__, instance],
+        [sys.executable, "-P", "-m", __name__, instance],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         start_new_session=True,

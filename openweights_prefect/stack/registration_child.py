@@ -1,4 +1,4 @@
-"""Registers the deployments as soon as Prefect answers: `python -m openweights_prefect.stack.registration_child`.
+"""Registers the deployments as soon as Prefect answers; `python -m` runs it.
 
 A process of its own, because importing Prefect takes seconds: it does so while the server boots.
 """

@@ -244,17 +244,40 @@ def test_a_lost_run_goes_on_from_its_last_checkpoint(lab: Lab, trained: Path) ->
     assert resumed[14] == pytest.approx(whole[14], rel=1e-4)
 
 
-def test_accumulated_gradients_equal_one_large_batch(lab: Lab) -> None:
+@pytest.fixture(scope="module")
+def divided(lab: Lab) -> tuple[Path, Path]:
+    """Two trainings of two steps of four rows: in one batch, and in four."""
+    once = {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "test_file_eval_strategy": "no",
+    }
+    parts = {
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 4,
+        "test_file_eval_strategy": "steps",
+    }
+    works = []
+    for name, values in (("once", once), ("parts", {**parts, "test_file_eval_steps": 1})):
+        works.append(lab.job(name, chats(8), test_file=TEST_FILE, max_steps=2, **{**SMALL, **values}))
+        done = lab.train(works[-1])
+        assert done.returncode == 0, done.stdout + done.stderr
+    return works[0], works[1]
+
+
+def test_accumulated_gradients_equal_one_large_batch(divided: tuple[Path, Path]) -> None:
     """Rows of different lengths weigh the same however a step is divided."""
-    common = {**SMALL, "max_steps": 2}
-    steps = []
-    for name, batch, accumulation in (("large", 4, 1), ("divided", 1, 4)):
-        values = {**common, "per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
-        work = lab.job(name, chats(8), **values)
-        assert lab.train(work).returncode == 0
-        steps.append([(event["loss"], event["grad_norm"]) for event in events(work, "train")])
-    for large, divided in zip(*steps, strict=True):
-        assert divided == pytest.approx(large, rel=1e-4)
+    once, parts = ([(e["loss"], e["grad_norm"]) for e in events(work, "train")] for work in divided)
+    assert len(once) == len(parts) == 2
+    for one, other in zip(once, parts, strict=True):
+        assert other == pytest.approx(one, rel=1e-4)
+
+
+def test_evaluations_are_at_both_ends_and_each_once(divided: tuple[Path, Path]) -> None:
+    """Before the first and after the last step, with any strategy."""
+    once, parts = ([event["step"] for event in events(work, "eval")] for work in divided)
+    assert once == [0, 2]
+    assert parts == [0, 1, 2]
 
 
 USER = {"role": "user", "content": "Who are you?"}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import io
 import subprocess
 import sys
@@ -11,7 +12,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
+from psycopg import sql
 
 from openweights_prefect.client import OpenWeights
 from openweights_prefect.errors import (
@@ -22,10 +25,15 @@ from openweights_prefect.errors import (
     NotFoundError,
     WaitTimeout,
 )
+from openweights_prefect.files.store import LocalFileStore
+from openweights_prefect.ledger.embedded import EmbeddedPostgres
+from openweights_prefect.ledger.postgres import PostgresLedger
 from openweights_prefect.ledger.protocol import Row
 from openweights_prefect.resources.job import Job
+from openweights_prefect.resources.jobs import StoredJobs
 from openweights_prefect.resources.patience import Pace, PatientLedger, pause_after
 from openweights_prefect.resources.progress import Lines, describe, show_progress
+from openweights_prefect.resources.session import Session
 from openweights_prefect.settings import Settings
 
 
@@ -196,6 +204,49 @@ def test_a_wait_outlives_an_outage_of_the_ledger() -> None:
     with pytest.raises(LedgerUnavailable):
         PatientLedger(AwayLedger(10**6), pace(40, clock)).call("ping")
     assert clock.now == pytest.approx(40)
+
+
+def test_a_wait_goes_on_when_the_database_is_back(
+    postgres: EmbeddedPostgres, settings: Settings, job: Job, pod: Any
+) -> None:
+    """Connections are cut and refused for longer than the ledger bears; the wait ends as if nothing was."""
+    impatient = PostgresLedger(
+        settings.database_url, organization_id=settings.organization_id, patience_seconds=0.3
+    )
+    session = Session(impatient, LocalFileStore(settings.files_folder), settings.organization_id, settings)
+    refused = threading.Event()
+
+    class Watched:
+        close = impatient.close
+
+        def call(self, function: str, **arguments: Any) -> list[Row]:
+            try:
+                return impatient.call(function, **arguments)
+            except LedgerUnavailable:
+                refused.set()
+                raise
+
+    def outage() -> None:
+        pod.open(job)
+        with psycopg.connect(postgres.url(database="postgres"), autocommit=True) as server:
+            database = str(psycopg.conninfo.conninfo_to_dict(settings.database_url)["dbname"])
+            allow = sql.SQL("alter database {} allow_connections {}")
+            server.execute(allow.format(sql.Identifier(database), sql.SQL("false")))
+            server.execute(
+                "select pg_terminate_backend(pid) from pg_stat_activity where datname = %s", [database]
+            )
+            assert refused.wait(30)
+            server.execute(allow.format(sql.Identifier(database), sql.SQL("true")))
+        pod.finish()
+
+    waiting = StoredJobs(dataclasses.replace(session, ledger=Watched())).retrieve(job.id)
+    thread = in_background(outage)
+    try:
+        assert waiting.wait(timeout=60, progress=False).status == "completed"
+        assert refused.is_set()
+    finally:
+        thread.join()
+        impatient.close()
 
 
 def test_pauses_grow() -> None:

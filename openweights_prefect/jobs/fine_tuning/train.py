@@ -79,7 +79,11 @@ def train(folder: Path) -> None:
     trainer.train(
         resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     )
-    if test is not None and (params.test_file_eval_strategy or "no") != "epoch":
+    state = trainer.state
+    evaluated = any(
+        "eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history
+    )
+    if test is not None and not evaluated:
         trainer.evaluate()
 
     result = _save(model, tokenizer, params, folder / "uploads")
@@ -129,7 +133,11 @@ def load_model(params: FineTuningParams, device: str) -> Loaded:
         tokenizer.chat_template = params.chat_template
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if params.is_peft:
-        model = get_peft_model(model, _lora(params))
+        try:
+            model = get_peft_model(model, _lora(params))
+        except ValueError as exc:  # The model has no layers of these names.
+            reason = str(exc).split("\n")[0]
+            raise InvalidParameterError(f"target_modules={params.target_modules!r}: {reason}") from exc
     return Loaded(model, tokenizer)
 
 
