@@ -84,7 +84,7 @@ class Settings:
 
 
 def _parse(spec: dataclasses.Field[Any], raw: Any) -> Any:
-    kind = type(spec.default)
+    kind: type[Any] = type(spec.default)
     try:
         return kind(raw)
     except ValueError as exc:

@@ -20,7 +20,8 @@ from openweights_prefect.client import OpenWeights
 def fetch(identity: str, output: str | None, all_runs: bool, as_json: bool) -> None:
     """Download a file, or the results of a job.
 
-    The log of the job's last run is among them. A file goes to the current folder under its own name, the files of a job to a folder named like the job.
+    The log of the job's last run is among them. A file goes to the current folder under its own name, the
+    files of a job to a folder named like the job.
 
     \b
     Example:

@@ -47,7 +47,8 @@ def ls(status: str | None, job_type: str | None, limit: int, as_json: bool) -> N
 def show(job_id: str, as_json: bool) -> None:
     """Show all of a job.
 
-    Its parameters, runs and outputs, and its address in the Prefect UI. The exit code is 0 whatever the job's state; scripts read it from `--json`.
+    Its parameters, runs and outputs, and its address in the Prefect UI. The exit code is 0 whatever the job's
+    state; scripts read it from `--json`.
 
     \b
     Example:
@@ -81,7 +82,8 @@ def show(job_id: str, as_json: bool) -> None:
 def logs(job_id: str, follow: bool, as_json: bool) -> None:
     """Print the log of a job.
 
-    That of its newest run. With `--json`, each line is a JSON object `{"line": ...}`. Ctrl-C stops following, not the job.
+    That of its newest run. With `--json`, each line is a JSON object `{"line": ...}`. Ctrl-C stops following,
+    not the job.
 
     \b
     Example:
@@ -124,7 +126,8 @@ def events(job_id: str, follow: bool, as_json: bool) -> None:
 def cancel(ctx: click.Context, job_ids: Sequence[str], as_json: bool) -> None:
     """Cancel jobs.
 
-    `-` reads ids from stdin. One that cannot be canceled does not keep the others from it; the exit code is 1 then.
+    `-` reads ids from stdin. One that cannot be canceled does not keep the others from it; the exit code is
+    1 then.
 
     \b
     Example:
@@ -142,7 +145,8 @@ def cancel(ctx: click.Context, job_ids: Sequence[str], as_json: bool) -> None:
 def restart(ctx: click.Context, job_ids: Sequence[str], as_json: bool) -> None:
     """Run failed or canceled jobs again.
 
-    `-` reads ids from stdin. One that cannot be restarted does not keep the others from it; the exit code is 1 then.
+    `-` reads ids from stdin. One that cannot be restarted does not keep the others from it; the exit code is
+    1 then.
 
     \b
     Example:

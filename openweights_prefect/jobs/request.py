@@ -1,71 +1,105 @@
-"""From validated parameters to a row of the ledger: the same job whoever asks, the SDK, a form or a schedule."""
+"""From validated parameters to a row of the ledger: the same job for a script, a form or a schedule."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
-
 from openweights_prefect.jobs.fine_tuning.params import FineTuningParams, requires_vram_gb
+from openweights_prefect.jobs.options import Options
 from openweights_prefect.types.identity import job_id
 
 FINE_TUNING = "fine_tuning"
-FINE_TUNING_COMMAND = "python -m openweights_prefect.jobs.fine_tuning.train"
+FINE_TUNING_ENTRYPOINT = "python -m openweights_prefect.jobs.fine_tuning.train"
 FINE_TUNING_BEHAVIOUR = 1
-"""Raised when the same parameters would give another result; never for a mere change of code."""
+"""Raised when the same parameters would give another result: finished jobs are then run again."""
+MODEL_FOLDER = "model"
+"""Where a model that is a local folder is mounted."""
 
-CUSTOM_BEHAVIOUR = 1
+_CUSTOM_BEHAVIOUR = 1
 _CUSTOM_VRAM_GB = 24
-_FILE_PARAMETERS = ("training_file", "test_file")
 
 
-class JobOptions(BaseModel):
-    """How to run a job, as opposed to what it is: none of these changes its id, but an image that is named."""
+@dataclass(frozen=True, kw_only=True)
+class JobRequest:
+    """A job to be."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    type: str
+    prefix: str
+    behaviour_version: int
+    params: Mapping[str, Any]
+    """The validated ones, as JSON."""
+    identity: Mapping[str, Any]
+    """What is hashed in place of `params`."""
+    mounts: Mapping[str, str]
+    """Target path -> file id."""
+    entrypoint: str
+    options: Options
+    image: str | None
+    """Image that the user named, here or on the class."""
+    requires_vram_gb: int
+    """Unless the options say otherwise."""
+    model: str | None = None
+    suffix: str | None = None
 
-    allowed_hardware: tuple[str, ...] | None = Field(None, min_length=1)
-    requires_vram_gb: int | None = Field(None, ge=0, le=4096)
-    docker_image: str | None = Field(None, min_length=1, max_length=500)
-    job_id_suffix: str | None = None
-    max_price_per_hour: float | None = Field(None, gt=0)
-    priority: int = Field(0, ge=-100, le=100)
-    timeout_seconds: int | None = Field(None, gt=0)
-    retries: int = Field(0, ge=0, le=100)
-    env: dict[str, str] = Field(default_factory=dict)
-
-    @field_validator("allowed_hardware", mode="before")
-    @classmethod
-    def _one_is_a_list(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
+    def row(self, *, organization_id: str, default_image: str) -> dict[str, Any]:
+        """The argument of `submit_job`; its id says what is computed, the rest how."""
+        options = self.options
+        return {
+            "id": job_id(
+                prefix=self.prefix,
+                job_type=self.type,
+                params=self.identity,
+                mounts=self.mounts,
+                image=self.image,
+                organization_id=organization_id,
+                behaviour_version=self.behaviour_version,
+                suffix=options.job_id_suffix or self.suffix,
+            ),
+            "type": self.type,
+            "model": self.model,
+            "params": {"validated_params": dict(self.params), "mounted_files": dict(self.mounts)},
+            "mounts": dict(self.mounts),
+            "files": sorted(set(self.mounts.values())),
+            "entrypoint": self.entrypoint,
+            "docker_image": self.image or default_image,
+            "requires_vram_gb": self.requires_vram_gb
+            if options.requires_vram_gb is None
+            else options.requires_vram_gb,
+            "allowed_hardware": options.allowed_hardware,
+            "max_price_per_hour": options.max_price_per_hour,
+            "priority": options.priority,
+            "timeout_seconds": options.timeout,
+            "retries": options.retries,
+            "env": options.env,
+        }
 
 
 def fine_tuning_request(
-    params: FineTuningParams,
-    mounts: Mapping[str, str],
-    options: JobOptions,
-    *,
-    organization_id: str,
-    default_image: str,
-) -> dict[str, Any]:
-    """The row of a fine-tuning job. Its data files are mounted as `data/<parameter>.jsonl`."""
-    values = params.model_dump(mode="json")
-    data = {f"data/{name}.jsonl": values[name] for name in _FILE_PARAMETERS if values[name] is not None}
-    return _row(
-        job_type=FINE_TUNING,
+    params: FineTuningParams, mounts: Mapping[str, str], options: Options, *, model_name: str | None = None
+) -> JobRequest:
+    """A fine-tuning job. Data files are mounted by parameter, a local model under `model/`.
+
+    `model_name` is the model as the user wrote it, to estimate the memory from; by default the parameter.
+    """
+    document = params.model_dump(mode="json")
+    data = {data_target(name): identity for name, identity in data_files(params).items()}
+    is_local = any(target.startswith(f"{MODEL_FOLDER}/") for target in mounts)
+    named = params if model_name is None else params.model_copy(update={"model": model_name})
+    return JobRequest(
+        type=FINE_TUNING,
         prefix="ftjob",
-        values=values,
-        identity=values,
+        behaviour_version=FINE_TUNING_BEHAVIOUR,
+        params=document,
+        identity=document,
         mounts={**mounts, **data},
-        entrypoint=FINE_TUNING_COMMAND,
-        behaviour=FINE_TUNING_BEHAVIOUR,
+        entrypoint=FINE_TUNING_ENTRYPOINT,
         options=options,
-        model=params.model,
-        vram_gb=requires_vram_gb(params),
+        image=options.docker_image,
+        requires_vram_gb=requires_vram_gb(named),
+        model=None if is_local else params.model,
         suffix=params.job_id_suffix,
-        organization_id=organization_id,
-        default_image=default_image,
     )
 
 
@@ -74,78 +108,33 @@ def custom_request(
     params: Mapping[str, Any],
     entrypoint: str,
     mounts: Mapping[str, str],
-    options: JobOptions,
+    options: Options,
     *,
-    organization_id: str,
-    default_image: str,
-    vram_gb: int = _CUSTOM_VRAM_GB,
-) -> dict[str, Any]:
-    """The row of a custom job. The command is part of its identity: it is the user's code."""
-    return _row(
-        job_type=name,
-        prefix=name.replace("_", "-").lower(),
-        values=dict(params),
-        identity={"params": dict(params), "entrypoint": entrypoint},
-        mounts=dict(mounts),
+    image: str | None = None,
+    requires_vram_gb: int = _CUSTOM_VRAM_GB,
+) -> JobRequest:
+    """A job of a user's own type. The command is part of its identity, for it is the user's code."""
+    return JobRequest(
+        type=name,
+        prefix=name,
+        behaviour_version=_CUSTOM_BEHAVIOUR,
+        params=params,
+        identity={"entrypoint": entrypoint, "params": dict(params)},
+        mounts=mounts,
         entrypoint=entrypoint,
-        behaviour=CUSTOM_BEHAVIOUR,
         options=options,
-        model=_model_of(params),
-        vram_gb=vram_gb,
-        suffix=None,
-        organization_id=organization_id,
-        default_image=default_image,
+        image=options.docker_image or image,
+        requires_vram_gb=requires_vram_gb,
+        model=params["model"] if isinstance(params.get("model"), str) else None,
     )
 
 
-def _row(
-    *,
-    job_type: str,
-    prefix: str,
-    values: dict[str, Any],
-    identity: dict[str, Any],
-    mounts: dict[str, str],
-    entrypoint: str,
-    behaviour: int,
-    options: JobOptions,
-    model: str | None,
-    vram_gb: int,
-    suffix: str | None,
-    organization_id: str,
-    default_image: str,
-) -> dict[str, Any]:
-    return {
-        "id": job_id(
-            prefix=prefix,
-            job_type=job_type,
-            params=identity,
-            mounts=mounts,
-            image=options.docker_image,
-            organization_id=organization_id,
-            behaviour_version=behaviour,
-            suffix=options.job_id_suffix or suffix,
-        ),
-        "type": job_type,
-        "model": model,
-        "params": {"validated_params": values, "mounted_files": mounts},
-        "mounts": mounts,
-        "files": sorted(set(mounts.values())),
-        "entrypoint": entrypoint,
-        "docker_image": options.docker_image or default_image,
-        "requires_vram_gb": vram_gb if options.requires_vram_gb is None else options.requires_vram_gb,
-        "allowed_hardware": _names(options.allowed_hardware),
-        "max_price_per_hour": options.max_price_per_hour,
-        "priority": options.priority,
-        "timeout_seconds": options.timeout_seconds,
-        "retries": options.retries,
-        "env": dict(options.env),
-    }
+def data_files(params: FineTuningParams) -> dict[str, str]:
+    """The parameters that name data files, and the file ids."""
+    named = {"training_file": params.training_file, "test_file": params.test_file}
+    return {name: identity for name, identity in named.items() if identity is not None}
 
 
-def _names(allowed: Sequence[str] | None) -> list[str] | None:
-    return None if allowed is None else list(allowed)
-
-
-def _model_of(params: Mapping[str, Any]) -> str | None:
-    model = params.get("model")
-    return model if isinstance(model, str) else None
+def data_target(parameter: str) -> str:
+    """Where the file of a parameter is mounted."""
+    return f"data/{parameter}.jsonl"

@@ -14,7 +14,7 @@ from psycopg import sql
 from psycopg.types.json import Jsonb
 from psycopg_pool import ConnectionPool, PoolTimeout
 
-from openweights_prefect.errors import InvalidRequestError, LedgerUnavailable
+from openweights_prefect.errors import ConflictError, InvalidRequestError, LedgerUnavailable
 from openweights_prefect.ledger.protocol import Row
 
 _CONNECTION_LOST = (
@@ -68,9 +68,14 @@ class PostgresLedger:
             except (psycopg.OperationalError, PoolTimeout) as exc:
                 if not _is_transient(exc) or time.monotonic() + pause > deadline:
                     raise LedgerUnavailable(
-                        f"The ledger did not answer `{function}` within {self._patience_seconds:g} s ({exc}). "
+                        f"The ledger did not answer `{function}` in {self._patience_seconds:g} s ({exc}). "
                         "Is PostgreSQL up? `ow status` says so, `ow up` starts it."
                     ) from exc
+            except psycopg.errors.UndefinedFunction as exc:
+                raise ConflictError(
+                    f"The ledger has no function `{function}`: its schema is older or newer than this "
+                    "package. `ow db status` says which, `ow db migrate` brings it up to date."
+                ) from exc
             except psycopg.DataError as exc:
                 raise InvalidRequestError(f"The ledger refused the arguments of `{function}`: {exc}") from exc
             time.sleep(pause * random.uniform(0.5, 1.0))

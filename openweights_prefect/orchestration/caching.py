@@ -11,7 +11,7 @@ from prefect.context import TaskRunContext
 
 @dataclass
 class JobIdCachePolicy(CachePolicy):
-    """The key is the task's argument `job_id`: the id covers type, parameters, files, image and organization."""
+    """The key is the task's argument `job_id`: it covers type, parameters, files, image, organization."""
 
     def compute_key(
         self, task_ctx: TaskRunContext, inputs: dict[str, Any], flow_parameters: dict[str, Any], **kwargs: Any

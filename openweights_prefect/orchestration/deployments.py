@@ -1,4 +1,4 @@
-"""Registers the work pool and the deployments of `prefect.yaml`: `python -m openweights_prefect.orchestration.deployments`."""
+"""Registers the work pool and the deployments of `prefect.yaml`; `python -m` runs it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ async def register_deployments(settings: Settings) -> list[str]:
 
 
 async def ensure_work_pool(client: PrefectClient, name: str) -> None:
-    """Create the work pool of type `runpod` with the worker's own template; an existing one is left as it is."""
+    """Create the work pool of type `runpod` with the worker's template; an existing one is left alone."""
     template = await asyncio.to_thread(work_pool_template)
     try:
         await client.create_work_pool(

@@ -73,6 +73,7 @@ class FlowRuns:
         job_id: str,
         attempt: int,
         parameters: Mapping[str, Any],
+        variables: Mapping[str, Any],
         tags: Iterable[str],
     ) -> UUID:
         """The flow run of one attempt; asked again, the same one."""
@@ -82,6 +83,7 @@ class FlowRuns:
             flow_run = await self._client.create_flow_run_from_deployment(
                 self._deployments[deployment],
                 parameters=dict(parameters),
+                job_variables=dict(variables),
                 name=job_id if attempt == 1 else f"{job_id} attempt {attempt}",
                 idempotency_key=f"{job_id}:{attempt}",
                 tags=list(tags),
@@ -92,8 +94,9 @@ class FlowRuns:
         return flow_run.id
 
     async def claim(self, flow_run_id: UUID, *, owner: str) -> bool:
-        """Scheduled -> Pending, which Prefect grants once. A run left Pending by a dead pod may be taken over:
-        the ledger's `open_run` is the gate that decides.
+        """Scheduled -> Pending, which Prefect grants once.
+
+        A run left Pending by a dead pod may be taken over: the ledger's `open_run` is the gate that decides.
 
         Raises:
             FlowRunGone: The flow run was deleted.

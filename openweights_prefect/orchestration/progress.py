@@ -1,6 +1,6 @@
 """Shows a run on its Prefect page: log lines, a progress bar, a table of metrics, a report.
 
-All of it is for the eye: the ledger holds the record. A Prefect server that is slow or down never delays a run.
+All of it is for the eye: the ledger holds the record. A slow or dead Prefect server never delays a run.
 """
 
 from __future__ import annotations

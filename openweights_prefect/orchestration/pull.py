@@ -6,5 +6,5 @@ from openweights_prefect import bundle
 
 
 def use_bundle() -> dict[str, str]:
-    """Name the folder that holds `flows/` on the machine where the flow runs; no path is stored in Prefect."""
+    """Name the folder of `flows/` on the machine where the flow runs; no path is stored in Prefect."""
     return {"directory": str(bundle.deploy_root())}

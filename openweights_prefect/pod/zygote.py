@@ -68,7 +68,7 @@ def _preload() -> dict[str, Any]:
     import prefect.logging.handlers
     import prefect.results
     import prefect.task_engine
-    import prefect.utilities.visualization  # noqa: F401
+    import prefect.utilities.visualization
     from prefect.flows import load_flow_from_entrypoint
     from prefect.settings import get_current_settings
 
@@ -78,12 +78,14 @@ def _preload() -> dict[str, Any]:
     # Named here, or every run would ask the server for its default.
     results = Settings.load().files_folder / "results"
     folder = bundle.deploy_root() / "flows"
-    flows = {path.stem: load_flow_from_entrypoint(f"{path}:{path.stem}") for path in folder.glob("*.py")}
+    flows: dict[str, Any] = {
+        path.stem: load_flow_from_entrypoint(f"{path}:{path.stem}") for path in folder.glob("*.py")
+    }
     return {name: flow.with_options(result_storage=results) for name, flow in flows.items()}
 
 
 def _share_tls_context(clients: Any, certificates: str) -> None:
-    """Load the certificates once, before any fork: Prefect's client would do it three times a run, 50 ms each."""
+    """Load the certificates once, before any fork: Prefect's clients would do it three times a run."""
     shared = functools.cache(ssl.create_default_context)
     shared(cafile=certificates)
     clients.ssl = SimpleNamespace(**{**vars(ssl), "create_default_context": shared})
@@ -119,7 +121,7 @@ def _fork(order: dict[str, Any], flows: dict[str, Any], channel: socket.socket) 
 
 
 def _execute(flow_run_id: UUID, flow: Any) -> int:
-    """Run a flow run with Prefect's own engine, as `python -m prefect.engine` does; flows not ours are loaded."""
+    """Run a flow run with Prefect's own engine, as `python -m prefect.engine` does."""
     from prefect.engine import handle_engine_signals
     from prefect.events.worker import EventsWorker
     from prefect.flow_engine import load_flow, load_flow_run, run_flow
@@ -129,7 +131,7 @@ def _execute(flow_run_id: UUID, flow: Any) -> int:
         with handle_engine_signals(flow_run_id):
             flow_run = load_flow_run(flow_run_id)
             if flow is not None:
-                # A run of a deployment watches for its suspension, which costs 0.3 s; a job is never suspended.
+                # A deployment's run watches for its suspension, which costs 0.3 s; a job is never suspended.
                 flow_run = flow_run.model_copy(update={"deployment_id": None})
             result = run_flow(flow or load_flow(flow_run), flow_run=flow_run)
             if asyncio.iscoroutine(result):

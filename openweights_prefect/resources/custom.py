@@ -12,10 +12,11 @@ from typing import Any, ClassVar, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from openweights_prefect.errors import ConflictError, InvalidParameterError
+from openweights_prefect.jobs.options import split, validated
+from openweights_prefect.jobs.request import custom_request
 from openweights_prefect.resources.job import Job
 from openweights_prefect.resources.jobs import StoredJobs
-from openweights_prefect.resources.parameters import split, validated
-from openweights_prefect.resources.submission import Request, local_mounts, submit
+from openweights_prefect.resources.submission import ids, local_mounts, submit
 
 RESERVED_NAMES = frozenset(
     [
@@ -100,25 +101,17 @@ class Jobs(StoredJobs):
             raise InvalidParameterError(
                 f"{kind.__name__}.get_entrypoint gave {entrypoint!r}, no shell command."
             )
-        document = params.model_dump(mode="json")
-        image = options.docker_image or kind.base_image
-        vram_gb = options.requires_vram_gb
-        return submit(
-            self._session,
-            Request(
-                type=kind.name,
-                prefix=kind.name,
-                behaviour_version=1,
-                params=document,
-                identity={"entrypoint": entrypoint, "params": document},
-                entrypoint=entrypoint,
-                options=options,
-                image=image,
-                requires_vram_gb=kind.requires_vram_gb if vram_gb is None else vram_gb,
-                model=document["model"] if isinstance(document.get("model"), str) else None,
-                local_files=local_mounts(self._session, kind.mount),
-            ),
+        files = local_mounts(self._session, kind.mount)
+        request = custom_request(
+            kind.name,
+            params.model_dump(mode="json"),
+            entrypoint,
+            ids(files),
+            options,
+            image=kind.base_image,
+            requires_vram_gb=kind.requires_vram_gb,
         )
+        return submit(self._session, request, local_files=files)
 
 
 JobsType = TypeVar("JobsType", bound=type[Jobs])

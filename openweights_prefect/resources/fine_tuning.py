@@ -7,22 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from openweights_prefect.errors import InvalidParameterError
-from openweights_prefect.jobs.fine_tuning.params import FineTuningParams, requires_vram_gb
+from openweights_prefect.jobs.fine_tuning.params import FineTuningParams
+from openweights_prefect.jobs.options import split, validated
+from openweights_prefect.jobs.request import MODEL_FOLDER, data_files, data_target, fine_tuning_request
 from openweights_prefect.resources.job import Job
 from openweights_prefect.resources.jobs import StoredJobs
-from openweights_prefect.resources.parameters import split, validated
 from openweights_prefect.resources.session import Session
-from openweights_prefect.resources.submission import LocalFile, Request, local_file, local_mounts, submit
-
-BEHAVIOUR_VERSION = 1
-"""Raised when the same parameters would give another result: finished jobs are then run again."""
-
-ENTRYPOINT = "python -m openweights_prefect.jobs.fine_tuning.train"
+from openweights_prefect.resources.submission import LocalFile, ids, local_file, local_mounts, submit
 
 _FILE_PARAMETERS = ("training_file", "test_file")
 _FILE_ID = re.compile(r"[\w-]+:file-[0-9a-f]{12}")
 _JOB_ID = re.compile(r"[a-z]+job-[0-9a-f]{12}(-[\w.-]+)?")
-_MODEL_FOLDER = "model"
 _MODEL_FILES = ("config.json", "adapter_config.json")
 
 
@@ -42,34 +37,12 @@ class FineTuning(StoredJobs):
         model_files = _local_model(self._session, values)
         named_model = values.get("model")
         values |= {name: file.id for name, file in named_files.items()}
-        values |= {"model": _MODEL_FOLDER} if model_files else {}
+        values |= {"model": MODEL_FOLDER} if model_files else {}
         params = validated(FineTuningParams, values, job_type="fine_tuning")
-        ids = {name: getattr(params, name) for name in _FILE_PARAMETERS if getattr(params, name) is not None}
-        document = params.model_dump(mode="json")
-        return submit(
-            self._session,
-            Request(
-                type="fine_tuning",
-                prefix="ftjob",
-                behaviour_version=BEHAVIOUR_VERSION,
-                params=document,
-                identity=document,
-                entrypoint=ENTRYPOINT,
-                options=options,
-                image=options.docker_image,
-                requires_vram_gb=_memory(params, named_model, options.requires_vram_gb),
-                model=None if model_files else params.model,
-                local_files={**model_files, **{_target(name): file for name, file in named_files.items()}},
-                stored_files={
-                    _target(name): identity for name, identity in ids.items() if name not in named_files
-                },
-                parameters={identity: name for name, identity in ids.items()},
-            ),
-        )
-
-
-def _target(parameter: str) -> str:
-    return f"data/{parameter}.jsonl"
+        local_files = {**model_files, **{data_target(name): file for name, file in named_files.items()}}
+        request = fine_tuning_request(params, ids(model_files), options, model_name=str(named_model))
+        named = {identity: name for name, identity in data_files(params).items()}
+        return submit(self._session, request, local_files=local_files, parameters=named)
 
 
 def _local_data(session: Session, values: dict[str, Any]) -> dict[str, LocalFile]:
@@ -102,17 +75,10 @@ def _local_model(session: Session, values: dict[str, Any]) -> dict[str, LocalFil
         )
     folder = Path(model).expanduser()
     if folder.is_dir() and any((folder / name).is_file() for name in _MODEL_FILES):
-        return local_mounts(session, {str(folder): _MODEL_FOLDER})
+        return local_mounts(session, {str(folder): MODEL_FOLDER})
     if isinstance(model, Path) or model.startswith(("./", "../", "/", "~")):
         raise InvalidParameterError(
             f"model={str(model)!r} is not a folder with a `config.json`; "
             f"check the path, relative to {str(Path.cwd())!r}."
         )
     return {}
-
-
-def _memory(params: FineTuningParams, named_model: object, wanted: int | None) -> int:
-    """What was asked for, else an estimate by the name of the model as the user wrote it."""
-    if wanted is not None:
-        return wanted
-    return requires_vram_gb(params.model_copy(update={"model": str(named_model)}))

@@ -13,7 +13,7 @@ from openweights_prefect.types.canonical import encode_event
 
 
 def append(spool: str | os.PathLike[str], data: Mapping[str, Any], *, file: str | None = None) -> None:
-    """Append one event; it is whole on disk, in order, when this returns. Any number of processes may append."""
+    """Append one event; it is whole on disk when this returns. Any number of processes may append."""
     record = {"at": time.time(), "data": encode_event(data), "file": file}
     line = json.dumps(record, ensure_ascii=True, separators=(",", ":")).encode() + b"\n"
     descriptor = os.open(spool, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from collections.abc import Mapping
+from typing import Any
 from uuid import UUID
 
-from pydantic import ValidationError
-
-from openweights_prefect.errors import InvalidParameterError
 from openweights_prefect.jobs.fine_tuning.params import FineTuningParams
-from openweights_prefect.jobs.request import JobOptions, custom_request, fine_tuning_request
-from openweights_prefect.provisioning.hardware import parse_hardware
+from openweights_prefect.jobs.options import Options, validated
+from openweights_prefect.jobs.request import FINE_TUNING, custom_request, fine_tuning_request
 from openweights_prefect.settings import Settings
 
-DEPLOYMENTS = {"fine_tuning": "fine-tuning/fine-tuning"}
+DEPLOYMENTS = {FINE_TUNING: "fine-tuning/fine-tuning"}
 CUSTOM_DEPLOYMENT = "custom-job/custom-job"
-
-
-class _Place(TypedDict):
-    organization_id: str
-    default_image: str
 
 
 def deployment_of(job_type: str) -> str:
@@ -47,33 +40,36 @@ def job_of_flow_run(
     """The row of the job that a flow run means.
 
     Raises:
-        InvalidParameterError: The parameters or job variables are wrong; the message is for the person who started it.
+        InvalidParameterError: The parameters or job variables are wrong, in words for who started it.
     """
-    try:
-        options = JobOptions(**variables)
-        if options.allowed_hardware is not None:
-            names = tuple(str(parse_hardware(name)) for name in options.allowed_hardware)
-            options = options.model_copy(update={"allowed_hardware": names})
-        place: _Place = {"organization_id": settings.organization_id, "default_image": settings.image}
-        mounts = parameters.get("mounts") or {}
-        if deployment == DEPLOYMENTS["fine_tuning"]:
-            return fine_tuning_request(FineTuningParams(**parameters["params"]), mounts, options, **place)
-        if deployment == CUSTOM_DEPLOYMENT:
-            return custom_request(
-                parameters["name"],
-                parameters.get("params") or {},
-                parameters["entrypoint"],
-                mounts,
-                options,
-                **place,
-            )
-    except (ValidationError, KeyError, TypeError) as exc:
-        raise InvalidParameterError(f"The flow run's parameters are not those of a job: {exc}") from exc
-    return _flow_row(flow_run_id, deployment, options, settings)
+    options = validated(Options, variables, job_type=deployment or "flow")
+    mounts = parameters.get("mounts") or {}
+    if deployment == DEPLOYMENTS[FINE_TUNING]:
+        params = validated(FineTuningParams, parameters["params"], job_type=FINE_TUNING)
+        request = fine_tuning_request(params, mounts, options)
+    elif deployment == CUSTOM_DEPLOYMENT:
+        values = parameters.get("params") or {}
+        request = custom_request(parameters["name"], values, parameters["entrypoint"], mounts, options)
+    else:
+        return _flow_row(flow_run_id, deployment, options, settings)
+    return request.row(organization_id=settings.organization_id, default_image=settings.image)
+
+
+def variables_of(row: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """The job variables of a job's flow run: how it is to run, as far as that is not the default."""
+    image = row["docker_image"]
+    wishes = {
+        "docker_image": None if image == settings.image else image,
+        "requires_vram_gb": row["requires_vram_gb"],
+        "allowed_hardware": row["allowed_hardware"],
+        "max_price_per_hour": row["max_price_per_hour"],
+        "priority": row["priority"],
+    }
+    return {name: value for name, value in wishes.items() if value is not None}
 
 
 def _flow_row(
-    flow_run_id: UUID, deployment: str | None, options: JobOptions, settings: Settings
+    flow_run_id: UUID, deployment: str | None, options: Options, settings: Settings
 ) -> dict[str, Any]:
     """A flow of the user's own is a job that runs once: its id is its flow run's."""
     return {
@@ -82,8 +78,8 @@ def _flow_row(
         "params": {"validated_params": {"deployment": deployment}, "mounted_files": {}},
         "docker_image": options.docker_image or settings.image,
         "requires_vram_gb": options.requires_vram_gb or 0,
-        "allowed_hardware": options.allowed_hardware and list(options.allowed_hardware),
+        "allowed_hardware": options.allowed_hardware,
         "max_price_per_hour": options.max_price_per_hour,
         "priority": options.priority,
-        "timeout_seconds": options.timeout_seconds,
+        "timeout_seconds": options.timeout,
     }

@@ -16,7 +16,7 @@ class RunPodJobConfiguration(BaseJobConfiguration):
     allowed_hardware: list[str] | None = Field(default=None)
     max_price_per_hour: float | None = Field(default=None)
     priority: int = Field(default=0)
-    timeout_seconds: int | None = Field(default=None)
+    timeout: int | None = Field(default=None)
 
 
 class RunPodVariables(BaseVariables):
@@ -36,7 +36,7 @@ class RunPodVariables(BaseVariables):
         default=None, gt=0, description="Dearest pod to use, in USD per hour for the whole pod."
     )
     priority: int = Field(default=0, ge=-100, le=100, description="Higher goes first.")
-    timeout_seconds: int | None = Field(default=None, gt=0, description="The run fails when it takes longer.")
+    timeout: int | None = Field(default=None, gt=0, description="The run fails when it takes longer.")
 
 
 class RunPodWorkerResult(BaseWorkerResult):

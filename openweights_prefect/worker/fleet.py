@@ -78,7 +78,8 @@ class Fleet:
             except NoCapacity:
                 self._refused[offer] = time.monotonic() + _REFUSED_SECONDS
                 refusals.append(str(offer))
-        return f"no capacity: {len(refusals)} offers refused, from {refusals[0]} to {refusals[-1]}; they are tried again"
+        refused = f"{len(refusals)} offers refused, from {refusals[0]} to {refusals[-1]}"
+        return f"no capacity: {refused}; they are tried again"
 
     async def _buy_offer(self, run: WaitingRun, offer: Offer) -> str | None:
         """Intent row, then one create call. Whatever happens between the two is found by the unique name."""

@@ -25,7 +25,8 @@ from openweights_prefect.ledger.protocol import Ledger, Row
 from openweights_prefect.orchestration.flow_runs import FlowRuns, cached_state
 from openweights_prefect.provisioning.placement import Plan, Pod, WaitingRun, place
 from openweights_prefect.settings import Settings
-from openweights_prefect.worker.adoption import deployment_of, job_of_flow_run, parameters_of
+from openweights_prefect.worker.adoption import deployment_of, job_of_flow_run, parameters_of, variables_of
+from openweights_prefect.worker.configuration import job_variables_of
 from openweights_prefect.worker.fleet import Fleet
 
 logger = logging.getLogger(__name__)
@@ -76,9 +77,7 @@ class Observer:
         await self._mirror(snapshot["unmirrored"])
         await self._fleet.reconcile([Pod.from_row(row) for row in snapshot["pods"]])
 
-    async def adopt(
-        self, flow_runs: Sequence[FlowRun], base_template: dict[str, Any], variables_of: Any
-    ) -> None:
+    async def adopt(self, flow_runs: Sequence[FlowRun], base_template: dict[str, Any]) -> None:
         """Take up scheduled flow runs that the ledger does not know."""
         known = await asyncio.to_thread(
             self._ledger.call, "known_runs", flow_runs=[run.id for run in flow_runs]
@@ -86,7 +85,7 @@ class Observer:
         ids = {row["run_id"] for row in known}
         for flow_run in flow_runs:
             if str(flow_run.id) not in ids:
-                await self._adopt(flow_run, variables_of(flow_run.job_variables, base_template))
+                await self._adopt(flow_run, job_variables_of(flow_run.job_variables, base_template))
 
     async def cancel(self, flow_run_id: str) -> None:
         """Cancel the job of a flow run; silent when there is none or it has ended."""
@@ -128,6 +127,7 @@ class Observer:
                     attempt=row["attempt"],
                     tags=[row["job_id"], row["type"]],
                     parameters=parameters_of(row["type"], row["params"], row["mounts"], row["entrypoint"]),
+                    variables=variables_of(row, self._settings),
                 )
                 answer = await self._call(
                     "record_flow_run", for_job=row["job_id"], for_attempt=row["attempt"], flow_run=flow_run_id

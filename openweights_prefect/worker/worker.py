@@ -17,7 +17,6 @@ from openweights_prefect.worker.configuration import (
     RunPodJobConfiguration,
     RunPodVariables,
     RunPodWorkerResult,
-    job_variables_of,
 )
 from openweights_prefect.worker.fleet import Fleet
 from openweights_prefect.worker.observer import Observer
@@ -68,7 +67,7 @@ class RunPodWorker(BaseWorker[RunPodJobConfiguration, RunPodVariables, RunPodWor
             return []
         responses = await self._get_scheduled_flow_runs()
         flow_runs = [response.flow_run for response in responses]
-        await self._observer.adopt(flow_runs, self.work_pool.base_job_template, job_variables_of)
+        await self._observer.adopt(flow_runs, self.work_pool.base_job_template)
         self._last_polled_time = _now()
         return []
 
@@ -80,8 +79,7 @@ class RunPodWorker(BaseWorker[RunPodJobConfiguration, RunPodVariables, RunPodWor
     ) -> RunPodWorkerResult:
         """Hand a run that was submitted directly to the observer, and return at once."""
         assert self._observer is not None, "the worker is not set up"
-        variables = configuration.model_dump(include=set(RunPodVariables.model_fields), exclude_none=True)
-        await self._observer.adopt([flow_run], {}, lambda *_: variables)
+        await self._observer.adopt([flow_run], self.work_pool.base_job_template)
         if task_status is not None:
             task_status.started(0)
         return RunPodWorkerResult(identifier=str(flow_run.id), status_code=0)
