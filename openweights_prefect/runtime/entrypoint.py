@@ -29,7 +29,8 @@ _INHERITED = (
     "SSL_CERT_DIR",
     "REQUESTS_CA_BUNDLE",
 )
-_INHERITED_PREFIXES = ("CUDA", "NVIDIA_", "NCCL_", "HF_", "TORCH_", "RUNPOD_GPU", "RUNPOD_CPU", "RUNPOD_MEM")
+_INHERITED_PREFIXES = ("CUDA", "NVIDIA_", "NCCL_", "HF_", "TORCH_", "RUNPOD_")
+_SECRET = ("RUNPOD_API_KEY",)
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def job_environment(folder: RunFolder, job: Mapping[str, Any], *, job_python: st
     inherited = {
         name: value
         for name, value in os.environ.items()
-        if name in _INHERITED or name.startswith(_INHERITED_PREFIXES)
+        if name in _INHERITED or (name.startswith(_INHERITED_PREFIXES) and name not in _SECRET)
     }
     path = os.environ.get("PATH", os.defpath)
     return {

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal, get_args
 
+from openweights_prefect.types.canonical import decode_event
+
 JobStatus = Literal[
     "pending",  # -> in_progress, canceled, failed (when it can never run)
     "in_progress",  # -> completed, failed, canceled; pending when its pod is lost
@@ -55,7 +57,8 @@ class JobColumns:
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> JobColumns:
         """Read a row of the ledger; columns that this version does not know are ignored."""
-        return cls(**known_columns(cls, row))
+        outputs = row["outputs"]
+        return cls(**known_columns(cls, {**row, "outputs": outputs and decode_event(outputs)}))
 
 
 def known_columns(cls: type, row: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,68 @@
+# `make quickstart` fine-tunes a model on this machine; `make test` runs the whole suite. Needs Python 3.11+ and pip.
+PYTHON ?= python3
+TORCH  := torch==2.13.0
+LOCK   := infrastructure/environments/job-cpu.txt
+
+.PHONY: help quickstart up down test check format bench-dispatch clean
+
+help:
+	@echo 'make quickstart      fine-tune SmolLM2-135M on this machine (ARGS=--tiny for a toy model)'
+	@echo 'make down            stop the local stack; nothing is lost'
+	@echo 'make test            the whole suite, in a fresh virtual environment'
+	@echo 'make check           format, lint, types and tests, in the environment at hand'
+	@echo 'make bench-dispatch  how fast jobs start, against the stock Prefect worker'
+
+# The control environment: SDK, CLI, Prefect, the local stack.
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check -e '.[local]'
+	@touch $@
+
+# The job environment: torch and TRL, which cannot live beside Prefect.
+.venv-job/installed: $(LOCK)
+	$(PYTHON) -m venv .venv-job
+	.venv-job/bin/pip install --quiet --disable-pip-version-check $(TORCH)
+	.venv-job/bin/pip install --quiet --disable-pip-version-check --no-deps -r $(LOCK)
+	@touch $@
+
+quickstart: .venv/installed .venv-job/installed
+	.venv/bin/ow up --job-python .venv-job/bin/python
+	.venv/bin/python cookbook/fine_tuning/quickstart.py $(ARGS)
+	@echo
+	@echo 'The stack goes on running. Look at it with'
+	@echo '  .venv/bin/ow status       the services, and the address of the Prefect UI'
+	@echo '  .venv/bin/ow ls           your jobs'
+	@echo '  .venv/bin/ow logs JOB     what a job printed (-f follows it)'
+	@echo 'and stop it with'
+	@echo '  .venv/bin/ow down'
+
+up: .venv/installed .venv-job/installed
+	.venv/bin/ow up --job-python .venv-job/bin/python
+
+down:
+	.venv/bin/ow down
+
+test: .venv-job/installed
+	rm -rf .venv-test
+	$(PYTHON) -m venv .venv-test
+	.venv-test/bin/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	.venv-test/bin/ruff format --check .
+	.venv-test/bin/ruff check .
+	.venv-test/bin/mypy
+	OW_JOB_PYTHON=$(CURDIR)/.venv-job/bin/python .venv-test/bin/python -m pytest $(ARGS)
+
+check:
+	ruff format --check .
+	ruff check .
+	mypy
+	python -m pytest $(ARGS)
+
+format:
+	ruff format .
+	ruff check --fix .
+
+bench-dispatch: .venv/installed
+	.venv/bin/python benchmarks/dispatch.py $(ARGS)
+
+clean:
+	rm -rf .venv .venv-job .venv-test build dist .mypy_cache .ruff_cache .pytest_cache
