@@ -48,8 +48,11 @@ class OpenWeights:
         *,
         settings: Settings | None = None,
     ) -> None:
-        _check_arguments(auth_token, supabase_url, supabase_key)
+        _check_arguments(supabase_url, supabase_key)
         settings = settings or Settings.load()
+        if auth_token:
+            settings = replace(settings, api_key=auth_token)
+        _check_token(settings.api_key)
         if organization_id is not None:
             settings = replace(settings, organization_id=organization_id)
         self.use_async = use_async
@@ -118,12 +121,16 @@ def _session(settings: Settings) -> Session:
     )
 
 
-def _check_arguments(auth_token: str | None, supabase_url: str | None, supabase_key: str | None) -> None:
-    if auth_token and not _TOKEN.fullmatch(auth_token):
+def _check_token(token: str) -> None:
+    """The value is a secret and stays out of the message."""
+    if token and not _TOKEN.fullmatch(token):
         raise ConfigurationError(
-            "`auth_token` (or OPENWEIGHTS_API_KEY) is not a token, which starts with 'ow_'. "
-            "Leave it out to use the local stack."
+            "`auth_token` (or OPENWEIGHTS_API_KEY) is not a token: those start with 'ow_', and have at least "
+            "8 letters, digits, '-' or '_' after that. Leave both out to use the local stack."
         )
+
+
+def _check_arguments(supabase_url: str | None, supabase_key: str | None) -> None:
     for name, value in (("supabase_url", supabase_url), ("supabase_key", supabase_key)):
         if value:
             raise ConfigurationError(

@@ -37,6 +37,9 @@ class Settings:
         "PostgreSQL URL of the ledger; empty means the embedded server of `ow up`.",
         secret=True,
     )
+    api_key: str = _setting(
+        "OPENWEIGHTS_API_KEY", "", "Token of an organization; empty means the local stack.", secret=True
+    )
     organization_id: str = _setting("OW_ORGANIZATION_ID", LOCAL_ORGANIZATION_ID, "The tenant to act for.")
     file_store: str = _setting("OW_FILE_STORE", "", "Folder of the file store; empty means `$OW_HOME/files`.")
     prefect_api_url: str = _setting("PREFECT_API_URL", "", "Address of the Prefect API.")
@@ -99,8 +102,12 @@ def _read_stack_file(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as exc:
+    except OSError as exc:
         raise ConfigurationError(
-            f"Cannot read {str(path)!r} ({exc}). Run `ow up` to write it again."
+            f"Cannot read {str(path)!r} ({exc.strerror}). Set `OW_HOME` to a folder that you can read and write."
+        ) from exc
+    except ValueError as exc:
+        raise ConfigurationError(
+            f"{str(path)!r} is damaged ({exc}). Delete it and run `ow up`, which writes it again."
         ) from exc
     return data if isinstance(data, dict) else {}

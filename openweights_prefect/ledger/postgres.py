@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 import time
 from collections.abc import Iterator
@@ -14,7 +15,12 @@ from psycopg import sql
 from psycopg.types.json import Jsonb
 from psycopg_pool import ConnectionPool, PoolTimeout
 
-from openweights_prefect.errors import ConflictError, InvalidRequestError, LedgerUnavailable
+from openweights_prefect.errors import (
+    ConfigurationError,
+    ConflictError,
+    InvalidRequestError,
+    LedgerUnavailable,
+)
 from openweights_prefect.ledger.protocol import Row
 
 _CONNECTION_LOST = (
@@ -24,6 +30,10 @@ _CONNECTION_LOST = (
     "55P03",
     "40",
 )  # gone, shutting down, out of resources, locks, serialization
+_PROBE_SECONDS = 2
+
+# Our error says what these warnings say; they reach stderr only where somebody set up logging.
+logging.getLogger("psycopg.pool").addHandler(logging.NullHandler())
 
 
 class PostgresLedger:
@@ -32,6 +42,7 @@ class PostgresLedger:
     def __init__(
         self, url: str, *, organization_id: str, patience_seconds: float = 30.0, connections: int = 4
     ) -> None:
+        check_url(url)
         self._organization_id = organization_id
         self._patience_seconds = patience_seconds
         self._pool = ConnectionPool(
@@ -47,11 +58,11 @@ class PostgresLedger:
             name="ledger",
         )
 
-    def call(self, function: str, **arguments: Any) -> list[Row]:
+    def call(self, function: str, *, patience_seconds: float | None = None, **arguments: Any) -> list[Row]:
         """Call a function and return its rows.
 
         Lost connections are retried until the patience runs out: functions are written so that a
-        repeated call has no second effect.
+        repeated call has no second effect. `patience_seconds` shortens it for this call.
 
         Raises:
             LedgerUnavailable: The database did not answer in time.
@@ -59,7 +70,9 @@ class PostgresLedger:
         """
         statement = _statement(function, tuple(arguments))
         values = {name: _adapt(value) for name, value in arguments.items()}
-        deadline = time.monotonic() + self._patience_seconds
+        own = self._patience_seconds
+        patience = own if patience_seconds is None else min(own, patience_seconds)
+        deadline = time.monotonic() + patience
         pause = 0.05
         while True:
             try:
@@ -68,7 +81,7 @@ class PostgresLedger:
             except (psycopg.OperationalError, PoolTimeout) as exc:
                 if not _is_transient(exc) or time.monotonic() + pause > deadline:
                     raise LedgerUnavailable(
-                        f"The ledger did not answer `{function}` in {self._patience_seconds:g} s ({exc}). "
+                        f"The ledger did not answer `{function}` in {patience:.3g} s ({self._cause(exc)}). "
                         "Is PostgreSQL up? `ow status` says so, `ow up` starts it."
                     ) from exc
             except psycopg.errors.UndefinedFunction as exc:
@@ -85,6 +98,16 @@ class PostgresLedger:
         """Close all connections; silent when already closed."""
         self._pool.close()
 
+    def _cause(self, exc: Exception) -> str:
+        """Why there is no answer; the pool keeps the reason of a failed connection to itself."""
+        reason = exc
+        if isinstance(exc, PoolTimeout):
+            try:
+                psycopg.connect(self._pool.conninfo, connect_timeout=_PROBE_SECONDS).close()
+            except psycopg.Error as failure:
+                reason = failure
+        return " ".join(str(reason).split())
+
     @contextmanager
     def _connection(self, deadline: float) -> Iterator[psycopg.Connection]:
         with self._pool.connection(timeout=max(0.1, deadline - time.monotonic())) as connection:
@@ -92,6 +115,21 @@ class PostgresLedger:
 
     def _configure(self, connection: psycopg.Connection) -> None:
         identify(connection, self._organization_id)
+
+
+def check_url(url: str) -> None:
+    """Raise `ConfigurationError` for what is no URL of a PostgreSQL database; it may hold a password."""
+    try:
+        psycopg.conninfo.conninfo_to_dict(url)
+    except psycopg.ProgrammingError:
+        valid = False
+    else:
+        valid = url.startswith(("postgresql://", "postgres://"))
+    if not valid:
+        raise ConfigurationError(
+            "The address of the ledger (`OW_DATABASE_URL`) is not a PostgreSQL URL. "
+            "Write it like postgresql://user:password@host:5432/database."
+        )
 
 
 def identify(connection: psycopg.Connection, organization_id: str) -> None:

@@ -10,8 +10,11 @@ Row = dict[str, Any]
 class Ledger(Protocol):
     """Calls the SQL functions of the ledger for one organization."""
 
-    def call(self, function: str, **arguments: Any) -> list[Row]:
-        """Call a function and return its JSON rows. Repeating a call has no second effect."""
+    def call(self, function: str, *, patience_seconds: float | None = None, **arguments: Any) -> list[Row]:
+        """Call a function and return its JSON rows. Repeating a call has no second effect.
+
+        `patience_seconds` makes this call give up sooner than the ledger would.
+        """
         ...
 
     def close(self) -> None:

@@ -85,7 +85,7 @@ class FlowRuns:
                 parameters=dict(parameters),
                 job_variables=dict(variables),
                 name=job_id if attempt == 1 else f"{job_id} attempt {attempt}",
-                idempotency_key=f"{job_id}:{attempt}",
+                idempotency_key=_key(job_id, attempt),
                 tags=list(tags),
             )
         except ObjectNotFound:
@@ -177,6 +177,16 @@ class FlowRuns:
     def client(self) -> PrefectClient:
         """The client itself, for the other modules of this package."""
         return self._client
+
+
+def attempt_named_by(idempotency_key: str | None) -> tuple[str, int]:
+    """Job id and attempt of a flow run that `create()` made; an empty job id for any other key."""
+    job_id, _, attempt = (idempotency_key or "").rpartition(":")
+    return (job_id, int(attempt)) if attempt.isdecimal() else ("", 0)
+
+
+def _key(job_id: str, attempt: int) -> str:
+    return f"{job_id}:{attempt}"
 
 
 def cached_state(job_id: str) -> State[Any]:

@@ -15,6 +15,7 @@ from openweights_prefect.orchestration.caching import JobIdCachePolicy
 from openweights_prefect.runtime import spool, wire
 from openweights_prefect.runtime.entrypoint import RunFolder, describe_exit, run_entrypoint
 from openweights_prefect.settings import Settings
+from openweights_prefect.types.canonical import decode_event
 
 
 class EntrypointFailed(OpenWeightsError):
@@ -41,6 +42,8 @@ async def entrypoint(job_id: str, run_id: str) -> dict[str, Any]:
         raise EntrypointFailed("failed", describe_exit(code))
     for file in collected["files"]:
         spool.append(folder.spool, file, file=file["file"])
+    # The result is kept when this returns: what it stands for must be in the ledger by then.
+    await asyncio.to_thread(wire.request, "flush")
     return {"run_id": run_id, "files": collected["files"]}
 
 
@@ -63,8 +66,9 @@ async def run_job(run_id: str) -> dict[str, Any] | State[Any]:
             return Cancelled(message=str(exc))
         raise
     if result["run_id"] != run_id:
-        for file in result["files"]:
-            spool.append(folder.spool, file, file=file["file"])
+        stored = await asyncio.to_thread(wire.request, "events", run_id=result["run_id"])
+        for event in stored["events"]:
+            spool.append(folder.spool, decode_event(event["data"]), file=event["file"])
     return dict((await _finish("completed"))["outputs"] or {})
 
 

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 _END_SECONDS = 8.0
+_PAUSE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -148,14 +149,13 @@ class Agent:
                     lease_seconds=self._settings.lease_seconds,
                     models=self._models,
                 )
+                if answer["fenced"]:
+                    await self._lost_lease()
+                    return
+                self._renewed(started)
+                await self._obey(answer)
             except OpenWeightsError as exc:
-                logger.warning("The lease was not renewed: %s", exc)
-                return
-            if answer["fenced"]:
-                await self._lost_lease()
-                return
-            self._renewed(started)
-            await self._obey(answer)
+                logger.warning("A heartbeat failed: %s", exc)
 
     async def _obey(self, answer: Row) -> None:
         if answer["cancel"] and self._execution is not None:
@@ -165,6 +165,8 @@ class Agent:
             if past_deadline and self._execution is not None:
                 self._execution.cancel("lost", "the pod reached its deadline")
             return
+        if answer["run_id"]:
+            await self._give_back(answer["run_id"])
         if answer["shutdown"] or past_deadline:
             await self._release("told to end" if answer["shutdown"] else "deadline", forced=True)
         elif answer["next_run"]:
@@ -191,11 +193,17 @@ class Agent:
         except Exception:
             # The edge of one run: the ledger's lease and reconciler deal with it, the pod goes on.
             logger.exception("Run %s ended in an error of the agent", execution.run_id)
+            await asyncio.sleep(_PAUSE_SECONDS)  # what it needs may be down: do not ask without pause
         finally:
             self._execution = None
             self._task = None
             self._idle_since = time.monotonic()
         await self._beat()  # there may be a next one
+
+    async def _give_back(self, run_id: str) -> None:
+        """The ledger holds us to a run that ended in an error here: it is lost, and tried again."""
+        why = f"its execution on pod {self._identity.worker_id} ended in an error"
+        await self._call("finish_run", for_run=UUID(run_id), as_boot=self._boot, result="lost", why=why)
 
     async def _release(self, why: str, *, forced: bool) -> None:
         answer = await self._call(

@@ -19,6 +19,7 @@ from openweights_prefect.orchestration.progress import RunReport
 from openweights_prefect.pod import folder as folders
 from openweights_prefect.pod.library import Library
 from openweights_prefect.pod.nursery import Child, Nursery
+from openweights_prefect.pod.outage import call_until_answered
 from openweights_prefect.pod.server import Answer, serve
 from openweights_prefect.pod.shipping import Shipper, StaleRun
 from openweights_prefect.runtime.entrypoint import FOLDER_VARIABLE, RunFolder
@@ -27,6 +28,7 @@ from openweights_prefect.runtime.wire import JOB_VARIABLE, RUN_VARIABLE, SOCKET_
 logger = logging.getLogger(__name__)
 
 _GRACE_SECONDS = 3.0
+_AFTERLIFE_SECONDS = 20.0
 
 
 class Execution:
@@ -57,7 +59,7 @@ class Execution:
         self._child: Child | None = None
         self._entrypoint_pid: int | None = None
         self._intent: tuple[str, str] | None = None  # how it was told to end, and why
-        self._finished = False
+        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._shipper: Shipper | None = None
         self._background: set[asyncio.Task[None]] = set()
 
@@ -80,6 +82,11 @@ class Execution:
             self.kill()
             await asyncio.to_thread(shutil.rmtree, self._sockets, True)
             await asyncio.to_thread(folders.remove, self._folder)
+
+    @property
+    def _finished(self) -> bool:
+        """The ledger has its end."""
+        return self._ended.done()
 
     def cancel(self, result: str = "canceled", why: str = "canceled by the user") -> None:
         """Ask the run to end: SIGTERM to the entrypoint, SIGKILL after a grace. Repeated calls do nothing."""
@@ -145,16 +152,22 @@ class Execution:
             output=self._folder.log,
         )
         exited = self._child.exit_code
-        either: list[asyncio.Future[Any]] = [exited, shipping]
+        either: list[asyncio.Future[Any]] = [exited, self._ended, shipping]
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if shipping.done() and not exited.done():
+        if shipping.done() and not (exited.done() or self._finished):
             await shipping  # raises what stopped it: the run is not ours any more
+        if self._finished:
+            shipping.cancel()  # what the flow still prints belongs to no run
+            # A flow that cannot tell Prefect how it ended must not keep the pod; the worker will tell.
+            await asyncio.wait([exited], timeout=_AFTERLIFE_SECONDS)
+            self._child.kill()
         code = await exited
         if not self._finished:
             await self._finish_for_child(code)
 
     async def _finish_for_child(self, code: int) -> None:
         """The flow process ended without having finished the run."""
+        self.kill()  # what the entrypoint started may live on, and must not when the run is given away
         if self._intent is not None:
             await self._finish(*self._intent)
         elif self._job.get("entrypoint") is None:
@@ -178,7 +191,8 @@ class Execution:
         )
         if answer["outcome"] != "finished":
             raise StaleRun(f"Run {self.run_id} was finished by somebody else: {answer}")
-        self._finished = True
+        if not self._finished:
+            self._ended.set_result(None)
         self._job = answer["job"]
         return self._job
 
@@ -288,8 +302,7 @@ class Execution:
             self._entrypoint_pid = None
 
     async def _call(self, function: str, **arguments: Any) -> Row:
-        rows = await asyncio.to_thread(self._ledger.call, function, **arguments)
-        return rows[0]
+        return await call_until_answered(self._ledger, function, **arguments)
 
 
 def _flow_of(job: Row) -> str | None:

@@ -48,8 +48,7 @@ class Nursery:
     async def start(self) -> None:
         """Start the zygote unless it lives; returns when everything is imported."""
         async with self._starting:
-            if self._process is not None and self._process.returncode is None and self._ready is not None:
-                await self._ready
+            if self._reader_task is not None and not self._reader_task.done():
                 return
             ours, theirs = socket.socketpair()
             with theirs:
@@ -72,11 +71,16 @@ class Nursery:
         """Fork a child that executes the flow run; raises `ZygoteDied` when that cannot be."""
         await self.start()
         assert self._writer is not None
+        assert self._reader_task is not None
         born: asyncio.Future[Child] = asyncio.get_running_loop().create_future()
         self._born[run_id] = born
         order = {"run": run_id, "flow": flow, "environment": environment, "output": str(output)}
         self._writer.write(json.dumps(order).encode() + b"\n")
-        await self._writer.drain()
+        either: list[asyncio.Future[Any]] = [born, self._reader_task]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not born.done():
+            self._born.pop(run_id, None)
+            raise ZygoteDied("The preloaded process of the agent ended.")
         return await born
 
     async def stop(self) -> None:
@@ -86,16 +90,18 @@ class Nursery:
             await self._process.wait()
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
-        while line := await reader.readline():
-            self._handle(json.loads(line))
+        try:
+            while line := await reader.readline():
+                self._handle(json.loads(line))
+        except ConnectionError:
+            pass  # as at the end of the stream: the zygote is gone
         died = ZygoteDied("The preloaded process of the agent ended.")
-        for future in [
-            self._ready,
-            *self._born.values(),
-            *(child.exit_code for child in self._alive.values()),
-        ]:
+        for future in [self._ready, *self._born.values()]:
             if future is not None and not future.done():
                 future.set_exception(died)
+        for child in self._alive.values():
+            child.kill()  # where the system does not do it
+            child.exit_code.set_result(-signal.SIGKILL)
         self._born.clear()
         self._alive.clear()
 

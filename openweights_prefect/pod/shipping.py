@@ -14,6 +14,7 @@ from uuid import UUID
 
 from openweights_prefect.errors import OpenWeightsError
 from openweights_prefect.ledger.protocol import Ledger
+from openweights_prefect.pod.outage import call_until_answered
 from openweights_prefect.runtime import spool
 from openweights_prefect.runtime.entrypoint import RunFolder
 
@@ -84,11 +85,11 @@ class Shipper:
         return text
 
     async def _store(self, function: str, **arguments: Any) -> None:
-        answer = await asyncio.to_thread(
-            self._ledger.call, function, for_run=self._run_id, as_boot=self._boot, **arguments
+        answer = await call_until_answered(
+            self._ledger, function, for_run=self._run_id, as_boot=self._boot, **arguments
         )
-        if answer[0]["outcome"] != "stored":
-            raise StaleRun(f"Run {self._run_id} is not ours any more ({answer[0]['outcome']}).")
+        if answer["outcome"] != "stored":
+            raise StaleRun(f"Run {self._run_id} is not ours any more ({answer['outcome']}).")
 
 
 def _size(path: Any) -> int:

@@ -88,7 +88,7 @@ class Events:
                 return
 
 
-Scope = dict[str, str]
+Scope = dict[str, Any]
 """Whose events: the argument of the ledger's functions."""
 
 
@@ -105,7 +105,7 @@ def read_events(session: Session, scope: Scope, *, after: int = 0) -> Iterator[E
 def latest_values(session: Session, scope: Scope, fields: str | Sequence[str] = "*") -> dict[str, Any]:
     """The newest value of each field."""
     names = [fields] if isinstance(fields, str) else list(fields)
-    arguments = {} if names == ["*"] else {"fields": names}
+    arguments: dict[str, Any] = {} if names == ["*"] else {"fields": names}
     return decode_event(session.ledger.call("latest_events", **scope, **arguments)[0])
 
 

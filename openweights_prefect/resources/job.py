@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from openweights_prefect.errors import ConflictError, JobFailed, NotFoundError, WaitTimeout
+from openweights_prefect.errors import ConflictError, JobFailed, LedgerUnavailable, NotFoundError, WaitTimeout
 from openweights_prefect.resources.download import download_run
 from openweights_prefect.resources.events import Event, latest_values, read_events, run_scope
 from openweights_prefect.resources.files import PathLike
@@ -90,7 +90,8 @@ class Job(JobColumns):
 
         Raises:
             JobFailed: It failed or was canceled; the message has the error and the last log lines.
-            WaitTimeout: The time ran out; the job goes on.
+            WaitTimeout: The time ran out, perhaps in an outage of the ledger; the job goes on.
+            LedgerUnavailable: There is no timeout, and the ledger did not answer for five minutes.
         """
         from openweights_prefect.resources.progress import show_progress  # Rich is slow to import.
 
@@ -111,6 +112,10 @@ class Job(JobColumns):
                             f"Job {self.id!r} is {self.status} after {timeout:g} s"
                             f"{_reason(self)}; it goes on. Call `wait` again, or `job.cancel()`."
                         )
+            except LedgerUnavailable as exc:
+                if timeout is None:
+                    raise
+                raise WaitTimeout(f"Job {self.id!r} was {self.status} when last seen. {exc}") from exc
             except KeyboardInterrupt as exc:
                 text = f"Stopped waiting; job {self.id} goes on. `job.cancel()` stops it."
                 exc.add_note(text)
@@ -164,8 +169,16 @@ def cancel_job(session: Session, job_id: str) -> JobColumns:
 
 
 def restart_job(session: Session, job_id: str) -> JobColumns:
-    """Put a failed or canceled job back to pending; raises `ConflictError` in other states."""
+    """Put a failed or canceled job back to pending.
+
+    Raises `ConflictError` in other states, and when files of the job were deleted.
+    """
     [answer] = session.ledger.call("restart_job", job_id=job_id)
+    if answer["outcome"] == "missing_files":
+        raise ConflictError(
+            f"Job {job_id!r} cannot be restarted: its files {', '.join(answer['missing'])} were deleted. "
+            "Submit it again; local files are uploaded then."
+        )
     return _changed(answer, job_id, "restarted", "only a failed or canceled job can be.")
 
 

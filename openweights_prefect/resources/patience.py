@@ -12,6 +12,7 @@ from openweights_prefect.ledger.protocol import Ledger, Row
 from openweights_prefect.resources.session import Session
 
 OUTAGE_SECONDS = 300.0
+_LAST_LOOK_SECONDS = 0.5  # A healthy ledger answers a wait of no time, too.
 
 
 class Pace:
@@ -47,12 +48,20 @@ class Pace:
         left = self._timeout - elapsed
         return min(pause_after(elapsed), left) if left > 0 else None
 
-    def bear(self, call: Callable[[], list[Row]]) -> list[Row]:
-        """Make a call again while the ledger is away: until the timeout, without one for five minutes."""
+    def _left(self) -> float | None:
+        if self._timeout is None:
+            return None
+        return max(_LAST_LOOK_SECONDS, self._timeout - (self._clock() - self._start))
+
+    def bear(self, call: Callable[[float | None], list[Row]]) -> list[Row]:
+        """Make a call again while the ledger is away: until the timeout, without one for five minutes.
+
+        It is called with the seconds that are left, None without a timeout.
+        """
         since = self._clock()
         while True:
             try:
-                return call()
+                return call(self._left())
             except LedgerUnavailable:
                 if (self._timeout is None and self._clock() - since > OUTAGE_SECONDS) or not self.pause():
                     raise
@@ -70,9 +79,9 @@ class PatientLedger:
         self._ledger = ledger
         self._pace = pace
 
-    def call(self, function: str, **arguments: Any) -> list[Row]:
-        """Call a function; bears outages as `Pace.bear` does."""
-        return self._pace.bear(lambda: self._ledger.call(function, **arguments))
+    def call(self, function: str, *, patience_seconds: float | None = None, **arguments: Any) -> list[Row]:
+        """Call a function; bears outages as `Pace.bear` does, whatever `patience_seconds` says."""
+        return self._pace.bear(lambda left: self._ledger.call(function, patience_seconds=left, **arguments))
 
     def close(self) -> None:
         """Give back every connection."""

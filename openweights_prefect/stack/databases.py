@@ -10,6 +10,7 @@ import psycopg
 
 from openweights_prefect.errors import LedgerUnavailable, StackError
 from openweights_prefect.ledger import embedded, migrator
+from openweights_prefect.ledger.postgres import check_url
 from openweights_prefect.settings import LOCAL_ORGANIZATION_ID, Settings
 from openweights_prefect.stack.service import Folders
 
@@ -36,6 +37,7 @@ class Databases:
 def locate(folders: Folders, *, own: str = "") -> Databases:
     """The databases on the server of the URL `own`, else on the embedded one; connects to nothing."""
     if own:
+        check_url(own)
         prefect = _with_database(own, _PREFECT)
         return Databases(own, own, own, _for_asyncpg(prefect), is_embedded=False)
     server = embedded.EmbeddedPostgres(folders.postgres)

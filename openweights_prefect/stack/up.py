@@ -39,8 +39,8 @@ def up(
     """
     settings = Settings.load(environment)
     folders = Folders(settings.home)
-    _make_folders(folders, settings)
     _check_disk(folders)
+    _make_folders(folders, settings)
     with exclusive(folders, progress), contextlib.ExitStack() as undo:
         settings = Settings.load(environment)  # Another `ow up` may have chosen meanwhile.
         interpreter = _find_interpreter(job_python or settings.job_python)
@@ -214,7 +214,8 @@ def _make_folders(folders: Folders, settings: Settings) -> None:
 
 
 def _check_disk(folders: Folders) -> None:
-    free = shutil.disk_usage(folders.home).free
+    existing = next(path for path in (folders.home, *folders.home.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
     if free < LEAST_FREE_BYTES:
         raise StackError(
             f"Only {free / 2**30:.2f} GiB are free on the disk of {str(folders.home)!r}; the stack needs "

@@ -136,6 +136,10 @@ class Fleet:
                 "OW_POD_TOKEN": token,
                 "OW_DEADLINE_AT": str(int(deadline_at)),
                 "OW_OWNER": self._settings.organization_id,
+                # A pod has no other way to learn what this control plane expects of it.
+                "OW_LEASE_SECONDS": str(self._settings.lease_seconds),
+                "OW_HEARTBEAT_SECONDS": str(self._settings.heartbeat_seconds),
+                "OW_POD_IDLE_SECONDS": str(self._settings.pod_idle_seconds),
             },
             price_ceiling=run.max_price_per_hour,
         )

@@ -22,7 +22,7 @@ from prefect.states import Failed
 from openweights_prefect.errors import InvalidParameterError, OpenWeightsError
 from openweights_prefect.ledger.notifications import notifications
 from openweights_prefect.ledger.protocol import Ledger, Row
-from openweights_prefect.orchestration.flow_runs import FlowRuns, cached_state
+from openweights_prefect.orchestration.flow_runs import FlowRuns, attempt_named_by, cached_state
 from openweights_prefect.provisioning.placement import Plan, Pod, WaitingRun, place
 from openweights_prefect.settings import Settings
 from openweights_prefect.worker.adoption import deployment_of, job_of_flow_run, parameters_of, variables_of
@@ -32,6 +32,7 @@ from openweights_prefect.worker.fleet import Fleet
 logger = logging.getLogger(__name__)
 
 _PASS_SECONDS = 2.0
+_AGREE_SECONDS = 1.5
 _RECONCILE_SECONDS = 5.0
 _CREATES_AT_ONCE = 4
 _EXPECTED = (OpenWeightsError, httpx.HTTPError, ObjectNotFound, OSError)
@@ -55,42 +56,69 @@ class Observer:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._listen())
             group.create_task(self._loop("placement", self.place_once, _PASS_SECONDS, self._wake))
+            group.create_task(self._loop("agreement with Prefect", self.agree_once, _AGREE_SECONDS, None))
             group.create_task(self._loop("reconciliation", self.reconcile_once, _RECONCILE_SECONDS, None))
 
     async def place_once(self) -> None:
         """One pass: flow runs for jobs without one, hints, purchases, reasons."""
+        # Before the snapshot: a pod that is bought while it is read is not in it.
+        buying = {*self._buying}
         snapshot = await self._call("control_snapshot")
         rows = snapshot["waiting"]
         await self._create_flow_runs([row for row in rows if row["run_id"] is None])
         pods = [Pod.from_row(row) for row in snapshot["pods"]]
-        waiting = [WaitingRun.from_row(row) for row in rows if row["job_id"] not in self._buying]
+        buying |= {*self._buying}
+        waiting = [WaitingRun.from_row(row) for row in rows if row["job_id"] not in buying]
         plan = place(
             waiting, pods, being_bought=self._fleet.being_bought, max_workers=self._settings.max_workers
         )
         await self._carry_out(plan, {row["job_id"]: row["pending_reason"] for row in rows})
 
-    async def reconcile_once(self) -> None:
-        """One pass: silent pods, canceled flow runs, Prefect's view of what ended, the provider's list."""
-        await asyncio.to_thread(self._ledger.call, "expire_leases")
+    async def agree_once(self) -> None:
+        """One pass: canceled flow runs, and Prefect's view of what ended."""
         snapshot = await self._call("control_snapshot")
         await self._heed_cancellations(snapshot)
         await self._mirror(snapshot["unmirrored"])
+
+    async def reconcile_once(self) -> None:
+        """One pass: silent pods, and the provider's list."""
+        await asyncio.to_thread(self._ledger.call, "expire_leases")
+        snapshot = await self._call("control_snapshot")
         await self._fleet.reconcile([Pod.from_row(row) for row in snapshot["pods"]])
 
     async def adopt(self, flow_runs: Sequence[FlowRun], base_template: dict[str, Any]) -> None:
-        """Take up scheduled flow runs that the ledger does not know."""
+        """Take up scheduled flow runs that the ledger does not know; the next poll tries again what fails."""
         known = await asyncio.to_thread(
             self._ledger.call, "known_runs", flow_runs=[run.id for run in flow_runs]
         )
         ids = {row["run_id"] for row in known}
         for flow_run in flow_runs:
-            if str(flow_run.id) not in ids:
-                await self._adopt(flow_run, job_variables_of(flow_run.job_variables, base_template))
+            if str(flow_run.id) in ids:
+                continue
+            try:
+                if not await self._adopt_own(flow_run):
+                    await self._adopt(flow_run, job_variables_of(flow_run.job_variables, base_template))
+            except _EXPECTED as exc:
+                logger.warning(
+                    "Flow run %s is not taken up yet: %s: %s", flow_run.id, type(exc).__name__, exc
+                )
 
     async def cancel(self, flow_run_id: str) -> None:
         """Cancel the job of a flow run; silent when there is none or it has ended."""
         for row in await asyncio.to_thread(self._ledger.call, "known_runs", flow_runs=[UUID(flow_run_id)]):
             await self._call("cancel_job", job_id=row["job_id"])
+
+    async def _adopt_own(self, flow_run: FlowRun) -> bool:
+        """A flow run of the outbox whose row could not be written: its key says which attempt it is."""
+        job_id, attempt = attempt_named_by(flow_run.idempotency_key)
+        if not job_id or not await asyncio.to_thread(self._ledger.call, "get_job", job_id=job_id):
+            return False
+        answer = await self._call(
+            "record_flow_run", for_job=job_id, for_attempt=attempt, flow_run=flow_run.id
+        )
+        if answer["outcome"] == "stale":
+            await self._flow_runs.mirror(flow_run.id, status="canceled", reason="It is not wanted any more.")
+        return True
 
     async def _adopt(self, flow_run: FlowRun, variables: dict[str, Any]) -> None:
         deployment = await self._flow_runs.deployment_name(flow_run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -9,6 +10,7 @@ import anyio.abc
 from prefect.client.schemas.objects import FlowRun
 from prefect.workers.base import BaseWorker
 
+from openweights_prefect.errors import OpenWeightsError
 from openweights_prefect.ledger.postgres import PostgresLedger
 from openweights_prefect.orchestration.flow_runs import FlowRuns
 from openweights_prefect.provisioning.runpod.client import RunPodClient
@@ -20,6 +22,8 @@ from openweights_prefect.worker.configuration import (
 )
 from openweights_prefect.worker.fleet import Fleet
 from openweights_prefect.worker.observer import Observer
+
+logger = logging.getLogger(__name__)
 
 
 class RunPodWorker(BaseWorker[RunPodJobConfiguration, RunPodVariables, RunPodWorkerResult]):
@@ -67,7 +71,11 @@ class RunPodWorker(BaseWorker[RunPodJobConfiguration, RunPodVariables, RunPodWor
             return []
         responses = await self._get_scheduled_flow_runs()
         flow_runs = [response.flow_run for response in responses]
-        await self._observer.adopt(flow_runs, self.work_pool.base_job_template)
+        try:
+            await self._observer.adopt(flow_runs, self.work_pool.base_job_template)
+        except OpenWeightsError as exc:  # the base class would end the worker
+            logger.warning("The ledger could not be asked about %d flow runs: %s", len(flow_runs), exc)
+            return []
         self._last_polled_time = _now()
         return []
 

@@ -270,6 +270,42 @@ def test_submitting_a_failed_job_again_resets_it(
     }
 
 
+def stored_file(ledger: PostgresLedger, name: str) -> str:
+    row = {"id": f"mount:file-{name}", "purpose": "mount", "filename": "f", "bytes": 1, "sha256": "0" * 64}
+    return str(ledger.call("register_file", file=row)[0]["id"])
+
+
+@pytest.mark.parametrize("end", ["failed", "canceled"])
+def test_a_job_whose_files_were_deleted_is_not_run_again(ledger: PostgresLedger, end: str) -> None:
+    """A second submit and a restart name the missing file and change nothing; with the file they reset."""
+    kept, gone = stored_file(ledger, "aaaaaaaaaaaa"), stored_file(ledger, "bbbbbbbbbbbb")
+    wanted = a_job(files=[kept, gone])
+    assert submit(ledger, wanted)["outcome"] == "new"
+    run = flow_run_for(ledger, "probe-1")
+    buy(ledger)
+    process = boot(ledger)
+    assert open_run(ledger, run, process)["outcome"] == "opened"
+    assert ledger.call("delete_file", file_id=gone)[0]["outcome"] == "in_use"
+    finish(ledger, run, process, end)
+    assert ledger.call("delete_file", file_id=gone)[0]["outcome"] == "deleted"
+    before = job(ledger)
+    missing = {"outcome": "missing_files", "missing": [gone]}
+    assert submit(ledger, wanted) == missing
+    assert ledger.call("restart_job", job_id="probe-1") == [missing]
+    assert job(ledger) == before
+    stored_file(ledger, "bbbbbbbbbbbb")
+    assert submit(ledger, wanted)["outcome"] == "reset"
+    assert (job(ledger)["status"], job(ledger)["attempt"]) == ("pending", 2)
+
+
+def test_deleted_files_do_not_bring_a_completed_job_back(
+    ledger: PostgresLedger, running: tuple[uuid.UUID, uuid.UUID]
+) -> None:
+    """It is answered with its result: nothing has to be read for that."""
+    finish(ledger, *running, "completed")
+    assert submit(ledger, a_job(files=["mount:file-cccccccccccc"]))["outcome"] == "completed"
+
+
 def test_a_pod_without_a_hint_finds_waiting_work_by_itself(ledger: PostgresLedger) -> None:
     """A lost hint costs one heartbeat, never a run."""
     submit(ledger)

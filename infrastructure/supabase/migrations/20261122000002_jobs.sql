@@ -74,7 +74,16 @@ as $$
     where id = for_job
 $$;
 
--- One transaction says new, joined, completed, reset, or which files are missing (then nothing is stored).
+-- Those of the wanted files that are not stored; null when none is missing.
+create function private.missing_files(wanted text[]) returns text[]
+language sql stable
+set search_path = ''
+as $$
+    select array_agg(f) from unnest(wanted) f
+    where not exists (select 1 from public.files known where known.id = f)
+$$;
+
+-- One transaction says new, joined, completed, reset, or which files are missing (then nothing is changed).
 create function public.submit_job(job jsonb) returns setof jsonb
 language plpgsql
 set search_path = ''
@@ -86,13 +95,14 @@ declare
     answer text;
 begin
     select * into held from public.jobs j where j.id = wanted.id for update;
-    if not found then
-        select array_agg(f) into missing from unnest(coalesce(wanted.files, '{}')) f
-        where not exists (select 1 from public.files known where known.id = f);
+    if not found or held.status in ('failed', 'canceled') then
+        missing := private.missing_files(coalesce(held.files, wanted.files));
         if missing is not null then
             return query select jsonb_build_object('outcome', 'missing_files', 'missing', to_jsonb(missing));
             return;
         end if;
+    end if;
+    if held.id is null then
         insert into public.jobs (id, organization_id, type, model, params, mounts, files, entrypoint, docker_image,
             requires_vram_gb, allowed_hardware, max_price_per_hour, priority, timeout_seconds, retries, env)
         values (wanted.id, private.my_org(), wanted.type, wanted.model, coalesce(wanted.params, '{}'),
@@ -188,12 +198,14 @@ begin
 end
 $$;
 
+-- Refuses while the job runs, when it is completed, and when files that it reads were deleted meanwhile.
 create function public.restart_job(job_id text) returns setof jsonb
 language plpgsql
 set search_path = ''
 as $$
 declare
     held public.jobs;
+    missing text[];
     answer text := 'refused';
 begin
     select * into held from public.jobs j where j.id = job_id for update;
@@ -202,6 +214,11 @@ begin
         return;
     end if;
     if held.status in ('failed', 'canceled') then
+        missing := private.missing_files(held.files);
+        if missing is not null then
+            return query select jsonb_build_object('outcome', 'missing_files', 'missing', to_jsonb(missing));
+            return;
+        end if;
         perform private.reset_job(held.id);
         perform private.wake_workers();
         answer := 'reset';

@@ -2,12 +2,14 @@
 -- Locks are always taken in the order job, run, worker. A stale caller gets an answer, never an error.
 
 -- Ends a run whose pod is gone; its job goes back to pending until three pods in a row were lost.
+-- A flow of the user's own, which has a flow run and no job of ours behind it, is not run again by us.
 create function private.lose_run(for_run uuid, why text) returns void
 language plpgsql
 set search_path = ''
 as $$
 declare
     held public.jobs;
+    ending text;
 begin
     select j.* into held from public.jobs j join public.runs r on r.job_id = j.id where r.id = for_run for update of j;
     update public.runs r set status = 'lost', error = why, finished_at = now()
@@ -15,15 +17,16 @@ begin
     if not found or held.status <> 'in_progress' then
         return;
     end if;
+    ending := case when held.cancel_requested then 'canceled'
+                   when held.entrypoint is null or held.lost_attempts + 1 >= 3 then 'failed' end;
     update public.jobs j
     set lost_attempts = j.lost_attempts + 1,
-        status = case when j.cancel_requested then 'canceled'
-                      when j.lost_attempts + 1 >= 3 then 'failed' else 'pending' end,
-        attempt = case when j.cancel_requested or j.lost_attempts + 1 >= 3 then j.attempt else j.attempt + 1 end,
-        error = case when not j.cancel_requested and j.lost_attempts + 1 >= 3
-                     then 'Lost 3 pods in a row; the last one: ' || why end,
-        finished_at = case when j.cancel_requested or j.lost_attempts + 1 >= 3 then now() end,
-        started_at = case when j.cancel_requested or j.lost_attempts + 1 >= 3 then j.started_at end
+        status = coalesce(ending, 'pending'),
+        attempt = j.attempt + (ending is null)::int,
+        error = case when ending = 'failed' and j.entrypoint is null then why
+                     when ending = 'failed' then 'Lost 3 pods in a row; the last one: ' || why end,
+        finished_at = case when ending is not null then now() end,
+        started_at = case when ending is not null then j.started_at end
     where j.id = held.id;
     perform private.notify('ow_job', held.id);
     perform private.wake_workers();

@@ -37,10 +37,16 @@ class SamplingCallback(BaseModel):
     max_tokens: int = Field(600, ge=1, le=1_000_000, description="Longest answer in tokens.")
 
 
+def _in_order(schema: JsonObject) -> None:
+    """Number the fields: Prefect's form shows them by `position`, for its database forgets their order."""
+    for position, field in enumerate(schema["properties"].values()):
+        field["position"] = position
+
+
 class FineTuningParams(BaseModel):
     """Parameters of `ow.fine_tuning.create`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, json_schema_extra=_in_order)
 
     model: Name = Field(
         description="Hugging Face id (`org/name`, `org/name/checkpoint-10`), job id or local folder."
