@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
-from openweights_prefect.errors import ConfigurationError, ConflictError
+from openweights_prefect.errors import ConfigurationError
 from openweights_prefect.files.store import LocalFileStore
 from openweights_prefect.ledger.postgres import PostgresLedger
 from openweights_prefect.resources.custom import Jobs, registered
@@ -18,6 +19,7 @@ from openweights_prefect.resources.files import Files
 from openweights_prefect.resources.fine_tuning import FineTuning
 from openweights_prefect.resources.jobs import StoredJobs
 from openweights_prefect.resources.runs import Runs
+from openweights_prefect.resources.script_run import ScriptRun
 from openweights_prefect.resources.session import Session
 from openweights_prefect.settings import Settings
 
@@ -59,6 +61,8 @@ class OpenWeights:
         self.deploy_kwargs = {"max_model_len": 2048} if deploy_kwargs is None else dict(deploy_kwargs)
         self._session = _session(settings)
         self._custom: dict[str, Jobs] = {}
+        self._run: ScriptRun | None = None
+        self._run_lock = threading.Lock()
         self.files = Files(self._session)
         self.jobs = StoredJobs(self._session)
         self.runs = Runs(self._session)
@@ -76,15 +80,17 @@ class OpenWeights:
         return self._session.settings
 
     @property
-    def run(self) -> NoReturn:
-        """The current run, inside a job; raises `ConflictError` here, outside of one."""
-        raise ConflictError(
-            "`ow.run` is the run of a job, and this process is not in one. "
-            "Submit the script as a job, or read runs with `ow.runs.list()`."
-        )
+    def run(self) -> ScriptRun:
+        """The run of this script, a job of type `script` that begins at first use; in a job, its own run."""
+        with self._run_lock:
+            if self._run is None:
+                self._run = ScriptRun(self._session)
+            return self._run
 
     def close(self) -> None:
-        """Give back its connections; silent when already closed."""
+        """End its script run, if there is one, and give back its connections; silent when already closed."""
+        if self._run is not None:
+            self._run.close()
         self._session.ledger.close()
 
     def __enter__(self) -> OpenWeights:

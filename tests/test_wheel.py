@@ -195,9 +195,7 @@ def test_a_job_runs_from_the_installed_wheel(installed: Installed, home: Path, t
     assert probe.splitlines() == [str(package / "__init__.py"), str(package / "_bundle")]
 
     try:
-        up = json.loads(
-            run(ow, "up", "--json", "--job-python", python, cwd=folder, environment=environment)
-        )
+        up = json.loads(run(ow, "up", "--json", "--job-python", python, cwd=folder, environment=environment))
         assert all(service["up"] for service in up["services"])
         *_, answer = run(python, "script.py", cwd=folder, environment=environment).splitlines()
         where_in_job = str(package / "__init__.py")

@@ -1,4 +1,4 @@
-"""Job types of the fault tests, and a script that submits: `python fault_jobs.py TAG FILE [ATTEMPTS]`."""
+"""Job types of the fault tests, and a script that submits: `python fault_jobs.py TAG FILE TIMES`."""
 
 from __future__ import annotations
 
@@ -52,13 +52,19 @@ class Command(Jobs):
         return validated_params.command
 
 
-def main(tag: str, extra: str, times: int = 1) -> None:
-    """Submit a job that mounts the file `extra`, say so before and after, and wait for it."""
+def with_file(extra: str) -> type[Steady]:
+    """The same type with one more file, which must be uploaded."""
 
     @register("with_file")
     class WithFile(Steady):
         mount = {**Steady.mount, extra: "extra"}  # noqa: RUF012
 
+    return WithFile
+
+
+def main(tag: str, extra: str, times: int) -> None:
+    """Submit a job that mounts the file `extra`, say so before and after, and wait for it."""
+    with_file(extra)
     with OpenWeights() as ow:
         print("creating", flush=True)
         for _ in range(times):
@@ -68,4 +74,4 @@ def main(tag: str, extra: str, times: int = 1) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))

@@ -29,7 +29,7 @@ def test_the_submitting_script_right_after_create(stack: Stack, ow: OpenWeights,
 
 
 def test_the_submitting_script_during_create(stack: Stack, ow: OpenWeights, tmp_path: Path) -> None:
-    """Killed at any moment of create, it leaves nothing half-made: submitting again gives one job that runs."""
+    """Killed at any moment of create, it leaves nothing half-made: the next submit gives one job."""
     extra = tmp_path / "extra"
     extra.write_bytes(b"much data " * 500_000)
     tag = stack.tag("during")

@@ -1,0 +1,171 @@
+"""What somebody starts in Prefect: the same jobs, their duplicates, bad parameters, flows of a user's own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+from conftest import Stack, eventually
+from prefect.client.schemas.objects import FlowRun
+
+from openweights_prefect import OpenWeights
+from openweights_prefect.resources.job import Job
+
+pytestmark = pytest.mark.stack
+
+_POLL_SECONDS = 30
+"""The worker asks Prefect for what others scheduled every ten seconds or so."""
+_OWN_FLOW = """
+from prefect import flow
+
+@flow
+def own(word: str) -> str:
+    print("said", word)
+    if word == "fail":
+        raise ValueError("as it was told")
+    return word
+"""
+
+
+def parameters_of(job: Job) -> dict[str, Any]:
+    """What a form of Prefect would hold for the same job."""
+    return {
+        "name": job.type,
+        "entrypoint": job.entrypoint,
+        "params": job.params["validated_params"],
+        "mounts": job.mounts,
+    }
+
+
+def start(stack: Stack, parameters: dict[str, Any], **options: Any) -> str:
+    """Create a flow run of `custom-job/custom-job`; returns its id."""
+    with stack.prefect() as client:
+        deployment = client.read_deployment_by_name("custom-job/custom-job")
+        run = client.create_flow_run_from_deployment(deployment.id, parameters=parameters, **options)
+    return str(run.id)
+
+
+def ended(stack: Stack, flow_run_id: str, seconds: float = _POLL_SECONDS) -> FlowRun:
+    """The flow run, once its state is final."""
+
+    def look() -> FlowRun | None:
+        with stack.prefect() as client:
+            run = client.read_flow_run(UUID(flow_run_id))
+        return run if run.state is not None and run.state.is_final() else None
+
+    found = eventually(look, seconds, "the flow run ends")
+    assert found is not None
+    return found
+
+
+def test_the_command_line_of_prefect_starts_the_same_job(stack: Stack, ow: OpenWeights) -> None:
+    """`prefect deployment run` with the parameters of a finished job ends as Cached; no pod is touched."""
+    job = ow.command.create(tag=stack.tag("cli"), command="echo hello").wait(timeout=60, progress=False)
+    pods, runs = stack.report()["created"], len(job.runs)
+    argv = [str(Path(sys.executable).with_name("prefect")), "deployment", "run", "custom-job/custom-job"]
+    for name, value in parameters_of(job).items():
+        argv += ["--param", f"{name}={json.dumps(value)}"]
+    environment = {
+        **stack.environment,
+        "PREFECT_API_URL": stack.settings.prefect_api_url,
+        "PREFECT_HOME": str(stack.home / "prefect"),
+        "DO_NOT_TRACK": "1",
+    }
+    said = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert said.returncode == 0, said.stdout + said.stderr
+    with stack.prefect() as client:
+        [*_, flow_run] = sorted(client.read_flow_runs(), key=lambda run: str(run.created))
+    assert str(flow_run.id) not in {run.id for run in job.runs}
+    run = ended(stack, str(flow_run.id))
+    assert run.state is not None
+    assert run.state.name == "Cached"
+    assert job.id in str(run.state.message)
+    assert (len(job.runs), stack.report()["created"]) == (runs, pods)
+
+
+def test_a_job_started_in_prefect_is_the_job_of_the_sdk(stack: Stack, ow: OpenWeights) -> None:
+    """Its flow run is the run; the SDK joins it."""
+    tag = stack.tag("form")
+    parameters = {
+        "name": "command",
+        "entrypoint": "echo hello; sleep 2",
+        "params": {"tag": tag, "command": "echo hello; sleep 2"},
+    }
+    flow_run_id = start(stack, parameters, job_variables={"requires_vram_gb": 0})
+    eventually(lambda: ow.jobs.find(tag=tag), _POLL_SECONDS, "the job is in the ledger")
+    job = ow.command.create(tag=tag, command="echo hello; sleep 2")
+    job.wait(timeout=60, progress=False)
+    assert [run.id for run in job.runs] == [flow_run_id]
+    stack.agrees(job)
+
+
+@pytest.mark.parametrize(("command", "end"), [("sleep 15", "COMPLETED"), ("sleep 15; exit 3", "FAILED")])
+def test_a_second_flow_run_follows_the_first(stack: Stack, ow: OpenWeights, command: str, end: str) -> None:
+    """While the job runs it waits; then it ends like the job, and the job has run once."""
+    job = ow.command.create(tag=stack.tag("follows"), command=command)
+    eventually(lambda: job.refresh().status == "in_progress", 60, "the job runs")
+    follower = start(stack, parameters_of(job), job_variables={"requires_vram_gb": 0})
+    run = ended(stack, follower, 15 + _POLL_SECONDS)
+    assert run.state is not None
+    assert (run.state.type.value, job.refresh().status) == (end, end.lower())
+    if end == "FAILED":
+        assert "exited with code 3" in str(run.state.message)
+    assert len(job.runs) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "variables", "message"),
+    [
+        ({"name": "Not a name!"}, {}, "name"),
+        ({"entrypoint": "  "}, {}, "entrypoint"),
+        ({"mounts": {"../evil": "custom_job_file:file-000000000000"}}, {}, "../evil"),
+        ({"mounts": {"data": "custom_job_file:file-000000000000"}}, {}, "file-000000000000"),
+        ({}, {"allowed_hardware": ["1x NOPE"]}, "NOPE"),
+    ],
+)
+def test_bad_parameters_fail_with_one_clear_message(
+    stack: Stack, change: dict[str, Any], variables: dict[str, Any], message: str
+) -> None:
+    """The flow run fails, names what is wrong, and no job is made."""
+    parameters = {"name": "command", "entrypoint": "true", "params": {"tag": stack.tag("bad")}, **change}
+    run = ended(stack, start(stack, parameters, job_variables=variables))
+    assert run.state is not None
+    assert run.state.type.value == "FAILED"
+    assert message in str(run.state.message)
+    assert "Traceback" not in str(run.state.message)
+
+
+@pytest.mark.parametrize(("word", "end"), [("hello", "completed"), ("fail", "failed")])
+def test_a_flow_of_the_users_own_runs_on_a_pod(
+    stack: Stack, ow: OpenWeights, tmp_path: Path, word: str, end: str
+) -> None:
+    """Deployed to the pool with a pull step of Prefect's; the ledger holds it as a job that runs once."""
+    (tmp_path / "own.py").write_text(_OWN_FLOW)
+    with stack.prefect() as client:
+        flow_id = client.create_flow_from_name("own")
+        deployment = client.create_deployment(
+            flow_id=flow_id,
+            name=f"own-{os.getpid()}",
+            entrypoint="own.py:own",
+            work_pool_name=stack.settings.work_pool,
+            pull_steps=[{"prefect.deployments.steps.set_working_directory": {"directory": str(tmp_path)}}],
+            parameters={"word": word},
+        )
+        flow_run = client.create_flow_run_from_deployment(deployment)
+    run = ended(stack, str(flow_run.id), 60)
+    assert run.state is not None
+    assert run.state.type.value == end.upper(), run.state.message
+    job = ow.jobs.retrieve(f"flow-{flow_run.id}")
+    eventually(lambda: job.refresh().status == end, 10, f"the ledger says {end}")
+    [held] = job.runs
+    assert (held.id, held.status) == (str(flow_run.id), end)
+    assert held.worker_id is not None
+    assert f"said {word}" in [*job.logs()]
+    if end == "failed":
+        assert "as it was told" in str(job.error)
