@@ -104,7 +104,8 @@ def _read_stack_file(path: Path) -> dict[str, Any]:
         return {}
     except OSError as exc:
         raise ConfigurationError(
-            f"Cannot read {str(path)!r} ({exc.strerror}). Set `OW_HOME` to a folder that you can read and write."
+            f"Cannot read {str(path)!r} ({exc.strerror}). "
+            "Set `OW_HOME` to a folder that you can read and write."
         ) from exc
     except ValueError as exc:
         raise ConfigurationError(

@@ -43,6 +43,7 @@ class PostgresLedger:
         self, url: str, *, organization_id: str, patience_seconds: float = 30.0, connections: int = 4
     ) -> None:
         check_url(url)
+        self._url = url
         self._organization_id = organization_id
         self._patience_seconds = patience_seconds
         self._pool = ConnectionPool(
@@ -103,7 +104,7 @@ class PostgresLedger:
         reason = exc
         if isinstance(exc, PoolTimeout):
             try:
-                psycopg.connect(self._pool.conninfo, connect_timeout=_PROBE_SECONDS).close()
+                psycopg.connect(self._url, connect_timeout=_PROBE_SECONDS).close()
             except psycopg.Error as failure:
                 reason = failure
         return " ".join(str(reason).split())

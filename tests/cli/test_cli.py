@@ -192,8 +192,9 @@ def test_pods_and_migrations_are_listed(ledger_home: Path, ledger: PostgresLedge
     assert ow("db", "status").exit_code in (0, 1)
 
 
-def test_doctor_says_what_fails_and_how_to_mend_it(home: Path) -> None:
+def test_doctor_says_what_fails_and_how_to_mend_it(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a stack, the services fail with `ow up` as the mend, and the exit code is 1."""
+    monkeypatch.setenv("OW_PREFECT_PORT", "1")  # A stack of the user's may listen on the usual one.
     result = ow("doctor", "--json")
     assert result.exit_code == 1
     checks = {check["name"]: check for check in json.loads(result.stdout)["checks"]}

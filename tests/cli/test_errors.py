@@ -108,8 +108,10 @@ def start_run(ledger: PostgresLedger, job_id: str, *, log: str) -> None:
     ledger.call("intend_pod", pod=pod, token="t", ttl_seconds=3600, max_pods=1)
     ledger.call("register_pod", for_worker="w-1", token="t", as_boot=boot, lease_seconds=600, models=[])
     ledger.call("open_run", for_run=flow_run, for_worker="w-1", as_boot=boot)
-    place = {"for_run": flow_run, "as_boot": boot, "from_offset": 0, "to_offset": len(log)}
-    assert ledger.call("append_log", **place, piece=log)[0]["outcome"] == "stored"
+    [answer] = ledger.call(
+        "append_log", for_run=flow_run, as_boot=boot, from_offset=0, to_offset=len(log), piece=log
+    )
+    assert answer["outcome"] == "stored"
 
 
 def interrupt(*command: str, environment: dict[str, str], stream: str, after: str) -> tuple[int, str]:
@@ -229,7 +231,7 @@ def test_a_file_that_was_deleted_meanwhile(ow: OpenWeights, training_file: Path)
 def test_a_wrong_token(token: str, environment: dict[str, str], ledger_url: str) -> None:
     """Argument and variable are refused alike, naming both, without the secret."""
     variables = {**environment, "OW_DATABASE_URL": ledger_url}
-    with pytest.raises(ConfigurationError, match="`auth_token` .or OPENWEIGHTS_API_KEY") as by_argument:
+    with pytest.raises(ConfigurationError, match=r"`auth_token` \(or OPENWEIGHTS_API_KEY") as by_argument:
         OpenWeights(token, settings=Settings.load(variables))
     with pytest.raises(ConfigurationError) as by_variable:
         OpenWeights(settings=Settings.load({**variables, "OPENWEIGHTS_API_KEY": token}))

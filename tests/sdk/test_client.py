@@ -48,8 +48,6 @@ def test_unknown_attributes_name_near_ones() -> None:
         with pytest.raises(AttributeError, match="'fine_tuning'"):
             _ = ow.fine_tunin
         assert not hasattr(ow, "quantum")
-        with pytest.raises(ConflictError, match="not in one"):
-            _ = ow.run
 
 
 def test_a_registered_type_is_on_every_client(ow: OpenWeights) -> None:

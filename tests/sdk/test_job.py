@@ -249,6 +249,23 @@ def test_a_wait_goes_on_when_the_database_is_back(
         impatient.close()
 
 
+def test_a_wait_ends_in_time_during_an_outage(
+    postgres: EmbeddedPostgres, settings: Settings, job: Job
+) -> None:
+    """The ledger itself would bear the outage longer; the error says what was last seen, and the cause."""
+    with psycopg.connect(postgres.url(database="postgres"), autocommit=True) as server:
+        database = str(psycopg.conninfo.conninfo_to_dict(settings.database_url)["dbname"])
+        name = sql.Identifier(database)
+        server.execute(sql.SQL("alter database {} allow_connections false").format(name))
+        server.execute(
+            "select pg_terminate_backend(pid) from pg_stat_activity where datname = %s", [database]
+        )
+        start = time.monotonic()
+        with pytest.raises(WaitTimeout, match=r"was pending when last seen\. .*not currently accepting"):
+            job.wait(timeout=2, progress=False)
+        assert 1.5 < time.monotonic() - start < 5
+
+
 def test_pauses_grow() -> None:
     """Ten looks a second at first, one in two seconds in the end."""
     assert [pause_after(elapsed) for elapsed in (0, 1.9, 2, 30, 60, 10_000)] == [0.1, 0.1, 0.5, 0.5, 1, 2]
