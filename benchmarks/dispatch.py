@@ -57,13 +57,14 @@ class Sizes:
     rounds: int = 5
     """Each has one run of the peer, then some jobs of ours."""
     jobs_per_round: int = 4
-    burst: int = 60
+    half_burst: int = 30
+    """Jobs at once, before the peer's burst and again after it."""
     peer_burst: int = 10
     cpu_repeats: int = 7
     repeated_submits: int = 30
 
 
-QUICK = Sizes(discarded=3, rounds=2, jobs_per_round=3, burst=20, peer_burst=4, cpu_repeats=3)
+QUICK = Sizes(discarded=3, rounds=2, jobs_per_round=3, half_burst=10, peer_burst=4, cpu_repeats=3)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -204,17 +205,18 @@ def first_line_figures(ours: Sequence[Times], theirs: Sequence[StockTimes]) -> d
 
 def time_bursts(submitter: Submitter, peer: StockWorker, sizes: Sizes) -> dict[str, Figure]:
     """No-op jobs per minute, many submitted at once, with the same number of slots."""
-    say(f"{sizes.burst} jobs at once")
-    seconds = submitter.time_burst(sizes.burst)
-    say(f"They took {seconds:.1f} s; now {sizes.peer_burst} runs of the stock worker at once")
+    half = sizes.half_burst
+    say(f"Each at once: {half} jobs, {sizes.peer_burst} runs of the stock worker, {half} jobs")
+    seconds = submitter.time_burst(half)
     submitted = [peer.submit() for _ in range(sizes.peer_burst)]
     last_end = max(run.submitted_at + peer.wait(run).finished for run in submitted)
     peer_seconds = last_end - submitted[0].submitted_at
-    say(f"They took {peer_seconds:.1f} s")
-    rate, peer_rate = 60 * sizes.burst / seconds, 60 * sizes.peer_burst / peer_seconds
+    again = submitter.time_burst(half)
+    say(f"They took {seconds:.1f} s, {peer_seconds:.1f} s, {again:.1f} s")
+    rate, peer_rate = 120 * half / (seconds + again), 60 * sizes.peer_burst / peer_seconds
     return {
         "jobs_per_minute": round(rate, 1),
-        "burst_jobs": sizes.burst,
+        "burst_jobs": 2 * half,
         "peer_jobs_per_minute": round(peer_rate, 1),
         "peer_burst_jobs": sizes.peer_burst,
         "jobs_per_minute_ratio": round(rate / peer_rate, 2),
