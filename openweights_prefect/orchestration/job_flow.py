@@ -66,6 +66,9 @@ async def run_job(run_id: str) -> dict[str, Any] | State[Any]:
             return Cancelled(message=str(exc))
         raise
     if result["run_id"] != run_id:
+        print(
+            f"Run {result['run_id']} had done the work and died before it could say so; its log has the rest."
+        )
         stored = await asyncio.to_thread(wire.request, "events", run_id=result["run_id"])
         for event in stored["events"]:
             spool.append(folder.spool, decode_event(event["data"]), file=event["file"])

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 from uuid import UUID
 
+from openweights_prefect.errors import InvalidParameterError
 from openweights_prefect.jobs.fine_tuning.params import FineTuningParams
 from openweights_prefect.jobs.options import Options, validated
 from openweights_prefect.jobs.request import FINE_TUNING, custom_request, fine_tuning_request
@@ -13,6 +14,7 @@ from openweights_prefect.settings import Settings
 
 DEPLOYMENTS = {FINE_TUNING: "fine-tuning/fine-tuning"}
 CUSTOM_DEPLOYMENT = "custom-job/custom-job"
+_OTHER_TYPES = frozenset({*DEPLOYMENTS, "flow", "script"})
 
 
 def deployment_of(job_type: str) -> str:
@@ -48,6 +50,7 @@ def job_of_flow_run(
         params = validated(FineTuningParams, parameters["params"], job_type=FINE_TUNING)
         request = fine_tuning_request(params, mounts, options)
     elif deployment == CUSTOM_DEPLOYMENT:
+        _check_custom(parameters["name"], parameters["entrypoint"])
         values = parameters.get("params") or {}
         request = custom_request(parameters["name"], values, parameters["entrypoint"], mounts, options)
     else:
@@ -66,6 +69,13 @@ def variables_of(row: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
         "priority": row["priority"],
     }
     return {name: value for name, value in wishes.items() if value is not None}
+
+
+def _check_custom(name: str, entrypoint: str) -> None:
+    if name in _OTHER_TYPES:
+        raise InvalidParameterError(f"name={name!r} is a built-in job type; choose another name.")
+    if not entrypoint.strip():
+        raise InvalidParameterError(f"entrypoint={entrypoint!r} is no shell command; give the one to run.")
 
 
 def _flow_row(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import shutil
 import socket
@@ -19,6 +18,7 @@ from uuid import UUID
 import fault_jobs
 import httpx
 import psutil
+import psycopg
 import pytest
 from prefect.client.orchestration import SyncPrefectClient
 
@@ -114,6 +114,12 @@ class Stack:
         """A client of the Prefect server."""
         return SyncPrefectClient(self.settings.prefect_api_url)
 
+    def sql(self, statement: str, *values: Any) -> None:
+        """A statement as the owner of the ledger's database, to make a state that is hard to hit."""
+        url = embedded.EmbeddedPostgres(self.home / "postgres").url()
+        with psycopg.connect(url, autocommit=True) as connection:
+            connection.execute(statement, values)
+
     def state_of(self, flow_run_id: str) -> str:
         """Type of a flow run's state."""
         with self.prefect() as client:
@@ -157,15 +163,18 @@ class Stack:
         return child
 
     def kill(self, process: psutil.Process | int) -> None:
-        """SIGKILL to one process of this stack."""
-        self._own(process).kill()
+        """SIGKILL to one process of this stack; returns when it holds no file and no port any more."""
+        process = self.own(process)
+        process.kill()
+        eventually(lambda: _is_gone(process.pid), 10, f"process {process.pid} is gone")
 
     def kill_group(self, process: psutil.Process) -> None:
         """SIGKILL to a process group whose leader is of this stack."""
-        assert os.getpgid(self._own(process).pid) == process.pid
+        assert os.getpgid(self.own(process).pid) == process.pid
         os.killpg(process.pid, 9)
 
-    def _own(self, process: psutil.Process | int) -> psutil.Process:
+    def own(self, process: psutil.Process | int) -> psutil.Process:
+        """The process, which is one of this stack."""
         process = psutil.Process(process) if isinstance(process, int) else process
         postmaster = find_postmaster(embedded_layout.locate(self.home / "postgres"))
         environment = process.environ()
@@ -262,6 +271,17 @@ class Stack:
         return self.simulator("GET", "report")
 
 
+def _is_gone(pid: int) -> bool:
+    """A killed process may be a zombie while other threads of it still hold its sockets."""
+    try:
+        return (
+            psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+            and len([*Path(f"/proc/{pid}/task").iterdir()]) == 1
+        )
+    except (psutil.NoSuchProcess, FileNotFoundError):
+        return True
+
+
 def _numbers(job: Job, run_id: str) -> list[int]:
     events = job._session.ledger.call("list_events", for_run=run_id, max_rows=1000)
     assert [event["sequence"] for event in events] == list(range(len(events)))
@@ -293,8 +313,3 @@ def ow(stack: Stack) -> Iterator[OpenWeights]:
     """A client of the stack."""
     with OpenWeights(settings=stack.settings) as client:
         yield client
-
-
-def shown(document: Any) -> str:
-    """JSON for a message."""
-    return json.dumps(document, indent=2, default=str)

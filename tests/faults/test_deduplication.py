@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 from conftest import Stack
+from fault_jobs import with_file
 
 from openweights_prefect import OpenWeights
+from openweights_prefect.ledger.protocol import Row
 
 pytestmark = pytest.mark.stack
 
@@ -32,8 +34,8 @@ def test_many_submits_at_once_are_one_job(stack: Stack, tmp_path: Path) -> None:
         # The scripts' own job type: their first id comes when everybody submits.
         assert scripts[0].stdout is not None
         scripts[0].stdout.readline()
-        kind = _same_type(ow, extra)
-        jobs = list(pool.map(lambda _: kind.create(tag=tag), range(_SUBMITS // 2)))
+        with_file(str(extra))
+        jobs = list(pool.map(lambda _: ow.with_file.create(tag=tag), range(_SUBMITS // 2)))
         for script in scripts:
             text, _ = script.communicate(timeout=60)
             assert script.returncode == 0
@@ -45,25 +47,31 @@ def test_many_submits_at_once_are_one_job(stack: Stack, tmp_path: Path) -> None:
     assert stack.report()["created"] - pods_before <= 1
 
 
-def test_a_finished_job_is_answered_in_one_round_trip(stack: Stack, ow: OpenWeights) -> None:
+def test_a_finished_job_is_answered_in_one_round_trip(
+    stack: Stack, ow: OpenWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Submitting it again asks the ledger once, runs nothing, and rents nothing."""
     tag = stack.tag("finished")
     job = ow.steady.create(tag=tag, events=5, seconds=0.1).wait(timeout=60, progress=False)
     pods = stack.report()["created"]
     with OpenWeights(settings=stack.settings) as other:
-        calls: list[str] = []
-        ledger = other._session.ledger
-        call = ledger.call
-        ledger.call = lambda function, **values: calls.append(function) or call(function, **values)
-        again: Any = other.steady.create(tag=tag, events=5, seconds=0.1)
+        calls = _recorded(other, monkeypatch)
+        again = other.steady.create(tag=tag, events=5, seconds=0.1)
     assert calls == ["submit_job"]
     assert (again.id, again.status, again.outputs) == (job.id, "completed", job.outputs)
     assert len(job.runs) == 1
     assert stack.report()["created"] == pods
 
 
-def _same_type(ow: OpenWeights, extra: Path) -> Any:
-    import fault_jobs
+def _recorded(ow: OpenWeights, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the functions of the ledger that this client calls from now on."""
+    calls: list[str] = []
+    ledger = ow._session.ledger
+    call = ledger.call
 
-    kind = fault_jobs.with_file(str(extra))
-    return kind(ow._session)
+    def record(function: str, **arguments: Any) -> list[Row]:
+        calls.append(function)
+        return call(function, **arguments)
+
+    monkeypatch.setattr(ledger, "call", record)
+    return calls

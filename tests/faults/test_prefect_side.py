@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -105,67 +104,70 @@ def test_a_job_started_in_prefect_is_the_job_of_the_sdk(stack: Stack, ow: OpenWe
     stack.agrees(job)
 
 
-@pytest.mark.parametrize(("command", "end"), [("sleep 15", "COMPLETED"), ("sleep 15; exit 3", "FAILED")])
-def test_a_second_flow_run_follows_the_first(stack: Stack, ow: OpenWeights, command: str, end: str) -> None:
+def test_a_second_flow_run_follows_the_first(stack: Stack, ow: OpenWeights) -> None:
     """While the job runs it waits; then it ends like the job, and the job has run once."""
-    job = ow.command.create(tag=stack.tag("follows"), command=command)
-    eventually(lambda: job.refresh().status == "in_progress", 60, "the job runs")
-    follower = start(stack, parameters_of(job), job_variables={"requires_vram_gb": 0})
-    run = ended(stack, follower, 15 + _POLL_SECONDS)
-    assert run.state is not None
-    assert (run.state.type.value, job.refresh().status) == (end, end.lower())
-    if end == "FAILED":
-        assert "exited with code 3" in str(run.state.message)
-    assert len(job.runs) == 1
+    good = ow.command.create(tag=stack.tag("follows"), command="sleep 15")
+    bad = ow.command.create(tag=stack.tag("follows"), command="sleep 15; exit 3")
+    followers = []
+    for job in (good, bad):
+        eventually(lambda job=job: job.refresh().status == "in_progress", 60, "the job runs")  # type: ignore[misc]
+        followers.append(start(stack, parameters_of(job), job_variables={"requires_vram_gb": 0}))
+    for job, follower, end in zip((good, bad), followers, ("COMPLETED", "FAILED"), strict=True):
+        run = ended(stack, follower, 15 + _POLL_SECONDS)
+        assert run.state is not None
+        assert (run.state.type.value, job.refresh().status) == (end, end.lower())
+        assert end == "COMPLETED" or "exited with code 3" in str(run.state.message)
+        assert len(job.runs) == 1
 
 
-@pytest.mark.parametrize(
-    ("change", "variables", "message"),
-    [
-        ({"name": "Not a name!"}, {}, "name"),
+def test_bad_parameters_fail_with_one_clear_message(stack: Stack) -> None:
+    """The flow run fails, names what is wrong, and no job is made; others are not held up by it."""
+    unknown = "custom_job_file:file-000000000000"
+    cases: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+        ({"name": "Not a name!"}, {}, "Not a name!"),
+        ({"name": "fine_tuning"}, {}, "fine_tuning"),
         ({"entrypoint": "  "}, {}, "entrypoint"),
-        ({"mounts": {"../evil": "custom_job_file:file-000000000000"}}, {}, "../evil"),
-        ({"mounts": {"data": "custom_job_file:file-000000000000"}}, {}, "file-000000000000"),
+        ({"mounts": {"../evil": unknown}}, {}, "../evil"),
+        ({"mounts": {"data": unknown}}, {}, unknown),
         ({}, {"allowed_hardware": ["1x NOPE"]}, "NOPE"),
-    ],
-)
-def test_bad_parameters_fail_with_one_clear_message(
-    stack: Stack, change: dict[str, Any], variables: dict[str, Any], message: str
-) -> None:
-    """The flow run fails, names what is wrong, and no job is made."""
-    parameters = {"name": "command", "entrypoint": "true", "params": {"tag": stack.tag("bad")}, **change}
-    run = ended(stack, start(stack, parameters, job_variables=variables))
-    assert run.state is not None
-    assert run.state.type.value == "FAILED"
-    assert message in str(run.state.message)
-    assert "Traceback" not in str(run.state.message)
+    ]
+    jobs = len(stack.call("list_jobs", max_rows=1000))
+    started = []
+    for change, variables, _ in cases:
+        parameters = {"name": "command", "entrypoint": "true", "params": {"tag": stack.tag("bad")}, **change}
+        started.append(start(stack, parameters, job_variables=variables))
+    for flow_run_id, (_, _, message) in zip(started, cases, strict=True):
+        run = ended(stack, flow_run_id)
+        assert run.state is not None
+        assert run.state.type.value == "FAILED", message
+        assert message in str(run.state.message)
+        assert "Traceback" not in str(run.state.message)
+    assert len(stack.call("list_jobs", max_rows=1000)) == jobs
 
 
-@pytest.mark.parametrize(("word", "end"), [("hello", "completed"), ("fail", "failed")])
-def test_a_flow_of_the_users_own_runs_on_a_pod(
-    stack: Stack, ow: OpenWeights, tmp_path: Path, word: str, end: str
-) -> None:
+def test_a_flow_of_the_users_own_runs_on_a_pod(stack: Stack, ow: OpenWeights, tmp_path: Path) -> None:
     """Deployed to the pool with a pull step of Prefect's; the ledger holds it as a job that runs once."""
     (tmp_path / "own.py").write_text(_OWN_FLOW)
     with stack.prefect() as client:
-        flow_id = client.create_flow_from_name("own")
         deployment = client.create_deployment(
-            flow_id=flow_id,
-            name=f"own-{os.getpid()}",
+            flow_id=client.create_flow_from_name("own"),
+            name="own",
             entrypoint="own.py:own",
             work_pool_name=stack.settings.work_pool,
             pull_steps=[{"prefect.deployments.steps.set_working_directory": {"directory": str(tmp_path)}}],
-            parameters={"word": word},
         )
-        flow_run = client.create_flow_run_from_deployment(deployment)
-    run = ended(stack, str(flow_run.id), 60)
-    assert run.state is not None
-    assert run.state.type.value == end.upper(), run.state.message
-    job = ow.jobs.retrieve(f"flow-{flow_run.id}")
-    eventually(lambda: job.refresh().status == end, 10, f"the ledger says {end}")
-    [held] = job.runs
-    assert (held.id, held.status) == (str(flow_run.id), end)
-    assert held.worker_id is not None
-    assert f"said {word}" in [*job.logs()]
-    if end == "failed":
-        assert "as it was told" in str(job.error)
+        runs = {
+            end: client.create_flow_run_from_deployment(deployment, parameters={"word": word})
+            for word, end in (("hello", "completed"), ("fail", "failed"))
+        }
+    for end, flow_run in runs.items():
+        run = ended(stack, str(flow_run.id), 60)
+        assert run.state is not None
+        assert run.state.type.value == end.upper(), run.state.message
+        job = ow.jobs.retrieve(f"flow-{flow_run.id}")
+        eventually(lambda: job.refresh().status == end, 10, f"the ledger says {end}")  # noqa: B023
+        [held] = job.runs
+        assert (held.id, held.status) == (str(flow_run.id), end)
+        assert held.worker_id is not None
+        assert any(line.startswith("said ") for line in job.logs())
+    assert "as it was told" in str(job.error)
