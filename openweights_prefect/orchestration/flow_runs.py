@@ -93,24 +93,30 @@ class FlowRuns:
             raise
         return flow_run.id
 
-    async def claim(self, flow_run_id: UUID, *, owner: str) -> bool:
-        """Scheduled -> Pending, which Prefect grants once.
+    async def claim(self, flow_run_id: UUID, *, owner: str) -> FlowRun | None:
+        """Scheduled -> Pending, which Prefect grants once; None when somebody else has it or it has ended.
 
         A run left Pending by a dead pod may be taken over: the ledger's `open_run` is the gate that decides.
 
         Raises:
             FlowRunGone: The flow run was deleted.
         """
+        pending: State[Any] = Pending(message=f"Claimed by pod {owner}")
         try:
-            answer: OrchestrationResult[Any] = await self._client.set_flow_run_state(
-                flow_run_id, Pending(message=f"Claimed by pod {owner}")
+            flow_run: FlowRun
+            answer: OrchestrationResult[Any]
+            flow_run, answer = await asyncio.gather(
+                self._client.read_flow_run(flow_run_id),
+                self._client.set_flow_run_state(flow_run_id, pending),
             )
-            if answer.status == SetStateStatus.ACCEPT:
-                return True
-            state = (await self._client.read_flow_run(flow_run_id)).state
+            if answer.status != SetStateStatus.ACCEPT:
+                flow_run = await self._client.read_flow_run(flow_run_id)
         except ObjectNotFound as exc:
             raise FlowRunGone(str(flow_run_id)) from exc
-        return state is not None and state.is_pending()
+        if answer.status == SetStateStatus.ACCEPT:
+            flow_run.state = answer.state
+            return flow_run
+        return flow_run if flow_run.state is not None and flow_run.state.is_pending() else None
 
     async def outcome(self, flow_run_id: UUID) -> tuple[str, str | None]:
         """How a flow of the user's own ended, in the ledger's words, and why."""

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 _END_SECONDS = 8.0
 _PAUSE_SECONDS = 1.0
+_MOST_SETTLING = 2
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Agent:
         self._models: list[str] = []
         self._execution: Execution | None = None
         self._task: asyncio.Task[None] | None = None
+        self._settling: set[asyncio.Task[None]] = set()
         self._idle_since = time.monotonic()
 
     async def run(self) -> None:
@@ -90,8 +92,8 @@ class Agent:
         finally:
             for task in [*loops, ended]:
                 task.cancel()
-            if self._task is not None:
-                await asyncio.wait([self._task], timeout=_END_SECONDS)
+            if unfinished := [task for task in (self._task, *self._settling) if task is not None]:
+                await asyncio.wait(unfinished, timeout=_END_SECONDS)
             if self._execution is not None:
                 self._execution.kill()
             await self._nursery.stop()
@@ -195,6 +197,10 @@ class Agent:
             logger.exception("Run %s ended in an error of the agent", execution.run_id)
             await asyncio.sleep(_PAUSE_SECONDS)  # what it needs may be down: do not ask without pause
         finally:
+            self._settling.add(settling := asyncio.create_task(execution.settle()))
+            settling.add_done_callback(self._settling.discard)
+            if len(self._settling) > _MOST_SETTLING:
+                await asyncio.wait(self._settling, return_when=asyncio.FIRST_COMPLETED)
             self._execution = None
             self._task = None
             self._idle_since = time.monotonic()
@@ -267,6 +273,7 @@ async def serve(settings: Settings, environment: MutableMapping[str, str]) -> bo
 def main(settings: Settings) -> None:
     """Serve as this pod's agent, then wait to be terminated."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     if asyncio.run(serve(settings, os.environ)):
         return
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+from prefect.client.schemas.objects import FlowRun
+
 from openweights_prefect.errors import OpenWeightsError
 from openweights_prefect.ledger.protocol import Ledger, Row
 from openweights_prefect.orchestration.flow_runs import FlowRunGone, FlowRuns
@@ -64,9 +66,13 @@ class Execution:
         self._background: set[asyncio.Task[None]] = set()
 
     async def execute(self) -> None:
-        """Claim, open, run, ship, finish. Nothing is raised for a run that was lost or refused."""
+        """Claim, open, run, ship, finish; nothing is raised for a run that was lost or refused.
+
+        Returns when the ledger has the run's end. Its flow may still be telling Prefect: see `settle()`.
+        """
         try:
-            if not await self._claim():
+            flow_run = await self._claim()
+            if flow_run is None:
                 return
             opened = await self._call(
                 "open_run", for_run=self.run_id, for_worker=self._worker_id, as_boot=self._boot
@@ -75,9 +81,19 @@ class Execution:
                 logger.info("Run %s was not opened: %s", self.run_id, opened["reason"])
                 return
             self._job = opened["job"]
-            await self._run_opened()
+            await self._run_opened(flow_run, gpu_count=opened["gpu_count"])
         except StaleRun as exc:
             logger.warning("%s", exc)
+        finally:
+            if not self._finished:
+                self.kill()
+
+    async def settle(self) -> None:
+        """Wait a bounded time for the flow's own end, then remove everything of the run."""
+        try:
+            if self._child is not None and self._finished:
+                # A flow that cannot tell Prefect how it ended must not stay; the worker will tell.
+                await asyncio.wait([self._child.exit_code], timeout=_AFTERLIFE_SECONDS)
         finally:
             self.kill()
             await asyncio.to_thread(shutil.rmtree, self._sockets, True)
@@ -100,14 +116,14 @@ class Execution:
             self._child.kill()
         self._signal_entrypoint(signal.SIGKILL)
 
-    async def _claim(self) -> bool:
+    async def _claim(self) -> FlowRun | None:
         try:
             return await self._flow_runs.claim(self.run_id, owner=self._worker_id)
         except FlowRunGone:
             await self._call("abandon_run", for_run=self.run_id, why="its flow run was deleted from Prefect")
-            return False
+            return None
 
-    async def _run_opened(self) -> None:
+    async def _run_opened(self, flow_run: FlowRun, *, gpu_count: int) -> None:
         report = RunReport(self._flow_runs, self.run_id, str(self._job["id"]))
         self._shipper = Shipper(
             ledger=self._ledger,
@@ -129,7 +145,7 @@ class Execution:
         timeout = self._start_timeout()
         shipping = asyncio.create_task(self._shipper.run())
         try:
-            await self._run_child(shipping)
+            await self._run_child(flow_run, gpu_count, shipping)
         finally:
             shipping.cancel()
             if timeout is not None:
@@ -138,16 +154,16 @@ class Execution:
             flow_server.close()
             await report.close(self._job.get("outputs"))
 
-    async def _run_child(self, shipping: asyncio.Task[None]) -> None:
+    async def _run_child(self, flow_run: FlowRun, gpu_count: int, shipping: asyncio.Task[None]) -> None:
         self._child = await self._nursery.fork(
-            str(self.run_id),
+            flow_run,
             flow=_flow_of(self._job),
             environment={
                 FOLDER_VARIABLE: str(self._folder.path),
                 RUN_VARIABLE: str(self.run_id),
                 JOB_VARIABLE: str(self._job["id"]),
                 SOCKET_VARIABLE: str(self._sockets / "flow.sock"),
-                "N_GPUS": str(self._job.get("gpu_count", os.environ.get("RUNPOD_GPU_COUNT", "0"))),
+                "N_GPUS": str(gpu_count),
             },
             output=self._folder.log,
         )
@@ -156,12 +172,8 @@ class Execution:
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if shipping.done() and not (exited.done() or self._finished):
             await shipping  # raises what stopped it: the run is not ours any more
-        if self._finished:
-            shipping.cancel()  # what the flow still prints belongs to no run
-            # A flow that cannot tell Prefect how it ended must not keep the pod; the worker will tell.
-            await asyncio.wait([exited], timeout=_AFTERLIFE_SECONDS)
-            self._child.kill()
-        code = await exited
+        if not self._finished:
+            code = await exited
         if not self._finished:
             await self._finish_for_child(code)
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prefect.client.schemas.objects import FlowRun
+
 from openweights_prefect.errors import OpenWeightsError
 
 
@@ -66,15 +68,22 @@ class Nursery:
             await self._ready
 
     async def fork(
-        self, run_id: str, *, flow: str | None, environment: dict[str, str], output: Path
+        self, flow_run: FlowRun, *, flow: str | None, environment: dict[str, str], output: Path
     ) -> Child:
         """Fork a child that executes the flow run; raises `ZygoteDied` when that cannot be."""
+        run_id = str(flow_run.id)
         await self.start()
         assert self._writer is not None
         assert self._reader_task is not None
         born: asyncio.Future[Child] = asyncio.get_running_loop().create_future()
         self._born[run_id] = born
-        order = {"run": run_id, "flow": flow, "environment": environment, "output": str(output)}
+        order = {
+            "run": run_id,
+            "flow_run": flow_run.model_dump(mode="json"),
+            "flow": flow,
+            "environment": environment,
+            "output": str(output),
+        }
         self._writer.write(json.dumps(order).encode() + b"\n")
         either: list[asyncio.Future[Any]] = [born, self._reader_task]
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)

@@ -2,8 +2,8 @@
 
 Importing Prefect costs seconds, forking milliseconds. It stays single-threaded and never opens a
 connection, so that a fork is safe. Protocol on file descriptor `--fd`: JSON lines; in: `{"run": id,
-"flow": name | null, "environment": {...}, "output": path}`; out: `{"ready": true}`, `{"run": id,
-"pid": n}` and `{"run": id, "exit": code}`.
+"flow_run": {...}, "flow": name | null, "environment": {...}, "output": path}`; out: `{"ready": true}`,
+`{"run": id, "pid": n}` and `{"run": id, "exit": code}`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from openweights_prefect.runtime.child import die_with_parent
 from openweights_prefect.settings import Settings
 
 _DRAIN_SECONDS = 5.0
+_UNNAMED = ("deployment_id", "work_queue_id", "work_pool_name")
 
 
 def main() -> None:
@@ -109,7 +110,7 @@ def _fork(order: dict[str, Any], flows: dict[str, Any], channel: socket.socket) 
         os.dup2(output, 2)
         os.environ.update(order["environment"])
         os.chdir(Path(order["output"]).parent)
-        code = _execute(UUID(order["run"]), flows.get(order["flow"] or ""))
+        code = _execute(order, flows.get(order["flow"] or ""))
     except BaseException:
         import traceback  # only a failing child needs it
 
@@ -120,19 +121,21 @@ def _fork(order: dict[str, Any], flows: dict[str, Any], channel: socket.socket) 
         os._exit(code)
 
 
-def _execute(flow_run_id: UUID, flow: Any) -> int:
+def _execute(order: dict[str, Any], flow: Any) -> int:
     """Run a flow run with Prefect's own engine, as `python -m prefect.engine` does."""
+    from prefect.client.schemas.objects import FlowRun
     from prefect.engine import handle_engine_signals
     from prefect.events.worker import EventsWorker
-    from prefect.flow_engine import load_flow, load_flow_run, run_flow
+    from prefect.flow_engine import load_flow, run_flow
     from prefect.logging.handlers import APILogWorker
 
     try:
-        with handle_engine_signals(flow_run_id):
-            flow_run = load_flow_run(flow_run_id)
+        with handle_engine_signals(UUID(order["run"])):
+            flow_run = FlowRun.model_validate(order["flow_run"])
             if flow is not None:
-                # A deployment's run watches for its suspension, which costs 0.3 s; a job is never suspended.
-                flow_run = flow_run.model_copy(update={"deployment_id": None})
+                # A run that names its deployment watches for its suspension (0.3 s), and one that names its
+                # pool asks for it to describe each event. A job is never suspended.
+                flow_run = flow_run.model_copy(update=dict.fromkeys(_UNNAMED))
             result = run_flow(flow or load_flow(flow_run), flow_run=flow_run)
             if asyncio.iscoroutine(result):
                 asyncio.run(result)

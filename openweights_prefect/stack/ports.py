@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import socket
+import time
 
 import psutil
 
@@ -12,6 +13,7 @@ from openweights_prefect.errors import StackError
 
 HOST = "127.0.0.1"
 _NEXT_PORTS = 100
+_FREE_SECONDS = 1.0
 
 
 def is_free(port: int) -> bool:
@@ -31,7 +33,7 @@ def choose(wanted: int, *, variable: str, required: bool, taken: frozenset[int] 
     """`wanted` if it is free, else the next that is; `StackError` instead when it is required."""
     if not 1 <= wanted <= 65535:
         raise StackError(f"{variable}={wanted!r} is not a port. Set it to a number from 1 to 65535.")
-    if wanted not in taken and is_free(wanted):
+    if wanted not in taken and _becomes_free(wanted):
         return wanted
     if required:
         raise StackError(
@@ -44,6 +46,14 @@ def choose(wanted: int, *, variable: str, required: bool, taken: frozenset[int] 
     raise StackError(
         f"No port from {wanted} to {wanted + _NEXT_PORTS} is free. Set {variable} to a free port."
     )
+
+
+def _becomes_free(port: int) -> bool:
+    """A server that was just killed may hold its port for a moment."""
+    deadline = time.monotonic() + _FREE_SECONDS
+    while not (free := is_free(port)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return free
 
 
 def _by_whom(port: int) -> str:

@@ -75,6 +75,7 @@ class _Start:
         settings = self._choose_ports(settings, plan)
         stack = plan(settings)
         services.write_simulator_config(folders, key, self._common)
+        self._write_addresses(settings)  # Pods that come back with the simulator read them at once.
         # In this order because each waits for another part: what is slow boots while the next is prepared.
         simulator = self._begin(stack.simulator)
         self._start_postgres(where)
@@ -86,7 +87,6 @@ class _Start:
         self._progress(f"Ledger ready ({len(applied)} migrations applied)" if applied else "Ledger ready")
         self._finish(stack.simulator, simulator)
         self._finish(stack.prefect, prefect)
-        self._write_addresses(settings)
         self._start_worker(stack.worker, settings, registration)
         return settings
 

@@ -7,6 +7,8 @@ from typing import Any
 from prefect.workers.base import BaseJobConfiguration, BaseVariables, BaseWorkerResult
 from pydantic import Field
 
+from openweights_prefect.jobs.options import Options
+
 
 class RunPodJobConfiguration(BaseJobConfiguration):
     """What the worker reads of a flow run's job variables."""
@@ -48,4 +50,4 @@ def job_variables_of(job_variables: dict[str, Any] | None, base_template: dict[s
     properties = base_template.get("variables", {}).get("properties", {})
     defaults = {name: spec.get("default") for name, spec in properties.items()}
     merged = {**defaults, **(job_variables or {})}
-    return {name: merged[name] for name in RunPodVariables.model_fields if merged.get(name) is not None}
+    return {name: merged[name] for name in Options.model_fields if merged.get(name) is not None}

@@ -15,7 +15,7 @@ from typing import Any
 from uuid import UUID
 
 import httpx
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Failed
 
@@ -81,8 +81,9 @@ class Observer:
         await self._mirror(snapshot["unmirrored"])
 
     async def reconcile_once(self) -> None:
-        """One pass: silent pods, and the provider's list."""
-        await asyncio.to_thread(self._ledger.call, "expire_leases")
+        """One pass: silent pods and scripts, and the provider's list."""
+        for expire in ("expire_leases", "expire_scripts"):
+            await asyncio.to_thread(self._ledger.call, expire)
         snapshot = await self._call("control_snapshot")
         await self._fleet.reconcile([Pod.from_row(row) for row in snapshot["pods"]])
 
@@ -91,12 +92,13 @@ class Observer:
         known = await asyncio.to_thread(
             self._ledger.call, "known_runs", flow_runs=[run.id for run in flow_runs]
         )
-        ids = {row["run_id"] for row in known}
+        runs = {row["run_id"]: row for row in known}
         for flow_run in flow_runs:
-            if str(flow_run.id) in ids:
-                continue
+            run = runs.get(str(flow_run.id))
             try:
-                if not await self._adopt_own(flow_run):
+                if run is not None:
+                    await self._answer_retry(flow_run, run)
+                elif not await self._adopt_own(flow_run):
                     await self._adopt(flow_run, job_variables_of(flow_run.job_variables, base_template))
             except _EXPECTED as exc:
                 logger.warning(
@@ -107,6 +109,24 @@ class Observer:
         """Cancel the job of a flow run; silent when there is none or it has ended."""
         for row in await asyncio.to_thread(self._ledger.call, "known_runs", flow_runs=[UUID(flow_run_id)]):
             await self._call("cancel_job", job_id=row["job_id"])
+
+    async def _answer_retry(self, flow_run: FlowRun, run: Row) -> None:
+        """Somebody pressed Retry on a flow run that had ended: an attempt never runs twice, its job may."""
+        if not run["mirrored"]:
+            return  # it waits for its pod, or Prefect does not show its end yet
+        answer = await self._call("restart_job", job_id=run["job_id"])
+        if answer["outcome"] == "missing_files":
+            await self._flow_runs.answer(flow_run.id, _missing_state(answer["missing"]))
+        elif answer["job"]["status"] == "completed":
+            await self._flow_runs.answer(flow_run.id, cached_state(run["job_id"]))
+        else:
+            status = answer["job"]["status"]
+            reason = (
+                f"An attempt never runs twice. Job {run['job_id']} is {status}; start its deployment anew."
+            )
+            if answer["outcome"] == "reset":
+                reason = f"An attempt never runs twice: job {run['job_id']} goes on in another flow run."
+            await self._flow_runs.mirror(flow_run.id, status="canceled", reason=reason)
 
     async def _adopt_own(self, flow_run: FlowRun) -> bool:
         """A flow run of the outbox whose row could not be written: its key says which attempt it is."""
@@ -133,10 +153,7 @@ class Observer:
             case "completed":
                 await self._flow_runs.answer(flow_run.id, cached_state(job["id"]))
             case "missing_files":
-                missing = ", ".join(answer["missing"])
-                await self._flow_runs.answer(
-                    flow_run.id, Failed(message=f"These files are not in the organization: {missing}")
-                )
+                await self._flow_runs.answer(flow_run.id, _missing_state(answer["missing"]))
             case "failed" | "canceled" as status:
                 await self._flow_runs.mirror(flow_run.id, status=status, reason=answer["job"]["error"])
             case outcome:
@@ -227,6 +244,10 @@ class Observer:
                 logger.exception("The %s failed", name)
                 await asyncio.sleep(1.0)
             await _sleep_until(started + seconds, wake)
+
+
+def _missing_state(missing: Sequence[str]) -> State[Any]:
+    return Failed(message=f"These files are not in the organization: {', '.join(missing)}")
 
 
 async def _sleep_until(at: float, wake: asyncio.Event | None) -> None:

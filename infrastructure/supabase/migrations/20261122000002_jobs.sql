@@ -213,7 +213,9 @@ begin
         return query select jsonb_build_object('outcome', 'not_found');
         return;
     end if;
-    if held.status in ('failed', 'canceled') then
+    if held.type in ('flow', 'script') then
+        null; -- only who started it can start it again
+    elsif held.status in ('failed', 'canceled') then
         missing := private.missing_files(held.files);
         if missing is not null then
             return query select jsonb_build_object('outcome', 'missing_files', 'missing', to_jsonb(missing));

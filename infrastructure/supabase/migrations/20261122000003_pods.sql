@@ -221,8 +221,11 @@ declare
 begin
     select j.* into held_job from public.jobs j join public.runs r on r.job_id = j.id where r.id = for_run for update of j;
     select * into held_run from public.runs r where r.id = for_run and r.boot = as_boot for update;
-    if held_run.id is null or held_run.status <> 'in_progress' then
+    if held_run.id is null or held_run.status not in ('in_progress', result) then
         return query select jsonb_build_object('outcome', 'stale', 'status', held_run.status);
+        return;
+    elsif held_run.status = result then  -- asked again: the first answer was lost on the way
+        return query select jsonb_build_object('outcome', 'finished', 'job', to_jsonb(held_job));
         return;
     end if;
     update public.runs r set log_file = log_file_id where r.id = for_run;

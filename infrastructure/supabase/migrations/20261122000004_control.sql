@@ -259,7 +259,8 @@ create function public.known_runs(flow_runs uuid[]) returns setof jsonb
 language sql stable
 set search_path = ''
 as $$
-    select jsonb_build_object('run_id', r.id, 'job_id', r.job_id, 'status', r.status, 'worker_id', r.worker_id)
+    select jsonb_build_object('run_id', r.id, 'job_id', r.job_id, 'status', r.status, 'worker_id', r.worker_id,
+                              'mirrored', r.mirrored)
     from public.runs r where r.id = any (flow_runs)
 $$;
 
