@@ -9,7 +9,7 @@ from uuid import UUID
 
 import psutil
 import pytest
-from conftest import Stack, eventually
+from local_stack import Stack, eventually
 from prefect.client.schemas.objects import State, StateType
 
 from openweights_prefect import OpenWeights

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Stack
 from fault_jobs import with_file
+from local_stack import Stack
 
 from openweights_prefect import OpenWeights
 from openweights_prefect.ledger.protocol import Row

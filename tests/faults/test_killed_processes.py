@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import IDLE_SECONDS, Stack, eventually
+from local_stack import IDLE_SECONDS, Stack, eventually
 
 from openweights_prefect import OpenWeights
 from openweights_prefect.errors import JobFailed

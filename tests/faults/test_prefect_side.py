@@ -10,10 +10,11 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from conftest import Stack, eventually
+from local_stack import Stack, eventually
 from prefect.client.schemas.objects import FlowRun
+from prefect.states import AwaitingRetry
 
-from openweights_prefect import OpenWeights
+from openweights_prefect import JobFailed, OpenWeights
 from openweights_prefect.resources.job import Job
 
 pytestmark = pytest.mark.stack
@@ -171,3 +172,32 @@ def test_a_flow_of_the_users_own_runs_on_a_pod(stack: Stack, ow: OpenWeights, tm
         assert held.worker_id is not None
         assert any(line.startswith("said ") for line in job.logs())
     assert "as it was told" in str(job.error)
+
+
+def test_retry_of_a_failed_flow_run_is_a_new_attempt_of_its_job(stack: Stack, ow: OpenWeights) -> None:
+    """Prefect's Retry button schedules the same flow run again: it ends, the job goes on in another one."""
+    marker = stack.home / "retried"
+    command = f"test -e {marker} || {{ touch {marker}; exit 1; }}"
+    job = ow.command.create(tag=stack.tag("retry"), command=command)
+    with pytest.raises(JobFailed):
+        job.wait(timeout=60, progress=False)
+    first = job.runs[0].id
+    eventually(lambda: stack.call("known_runs", flow_runs=[UUID(first)])[0]["mirrored"], 30, "it is mirrored")
+    with stack.prefect() as client:
+        client.set_flow_run_state(UUID(first), AwaitingRetry(), force=True)
+    eventually(lambda: job.refresh().status == "completed", _POLL_SECONDS + 30, "the job completes")
+    assert [run.status for run in job.runs] == ["failed", "completed"]
+    state = ended(stack, first).state
+    assert state is not None
+    assert "goes on in another flow run" in (state.message or "")
+
+
+def test_retry_of_a_completed_flow_run_is_answered_from_its_job(stack: Stack, ow: OpenWeights) -> None:
+    """Nothing runs again."""
+    job = ow.command.create(tag=stack.tag("retry-done"), command="true").wait(timeout=60, progress=False)
+    run = job.runs[0].id
+    eventually(lambda: stack.call("known_runs", flow_runs=[UUID(run)])[0]["mirrored"], 30, "it is mirrored")
+    with stack.prefect() as client:
+        client.set_flow_run_state(UUID(run), AwaitingRetry(), force=True)
+    assert ended(stack, run).state_name == "Cached"
+    assert len(job.runs) == 1

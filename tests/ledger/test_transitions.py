@@ -256,6 +256,24 @@ def test_restart_is_for_failed_and_canceled_jobs(
     assert ledger.call("restart_job", job_id="probe-1")[0]["outcome"] == outcome
 
 
+def test_an_end_that_is_reported_twice_is_one_end(
+    ledger: PostgresLedger, running: tuple[uuid.UUID, uuid.UUID]
+) -> None:
+    """The answer to the first report may have been lost on the way."""
+    run, process = running
+    assert finish(ledger, run, process, "completed")["outcome"] == "finished"
+    assert finish(ledger, run, process, "completed")["outcome"] == "finished"
+    assert finish(ledger, run, process, "failed", "too late")["outcome"] == "stale"
+    assert job(ledger)["status"] == "completed"
+
+
+def test_only_jobs_of_ours_are_restarted(ledger: PostgresLedger) -> None:
+    """A flow of a user's own and a script are started again by who started them."""
+    submit(ledger, a_job("flow-1", type="flow", entrypoint=None))
+    ledger.call("cancel_job", job_id="flow-1")
+    assert ledger.call("restart_job", job_id="flow-1")[0]["outcome"] == "refused"
+
+
 def test_submitting_a_failed_job_again_resets_it(
     ledger: PostgresLedger, running: tuple[uuid.UUID, uuid.UUID]
 ) -> None:
