@@ -15,4 +15,6 @@ class BundleHook(BuildHookInterface[Any]):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Add the folders to a standard wheel, and nothing to an editable one."""
         if version != "editable":
-            build_data["force_include"].update({name: f"openweights_prefect/_bundle/{name}" for name in BUNDLED})
+            build_data["force_include"].update(
+                {name: f"openweights_prefect/_bundle/{name}" for name in BUNDLED}
+            )
