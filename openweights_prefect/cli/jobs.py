@@ -61,7 +61,12 @@ def show(job_id: str, as_json: bool) -> None:
         print_json({**_job_document(job), "runs": [_columns(run, RunColumns) for run in runs], "url": url})
         return
     document = _job_document(job)
-    outputs = document.pop("outputs")
+    sections = {
+        "parameters": job.params["validated_params"],
+        "mounts": document.pop("mounts"),
+        "outputs": document.pop("outputs"),
+    }
+    del document["params"]
     print_fields([*document.items(), ("url", url)])
     if runs:
         click.echo("\nruns")
@@ -70,9 +75,10 @@ def show(job_id: str, as_json: bool) -> None:
             for r in runs
         ]
         print_table(("id", "attempt", "status", "pod", "duration", "error"), rows)
-    if outputs:
-        click.echo("\noutputs")
-        click.echo(json.dumps(outputs, indent=2, ensure_ascii=False))
+    for title, content in sections.items():
+        if content:
+            click.echo(f"\n{title}")
+            click.echo(json.dumps(content, indent=2, ensure_ascii=False))
 
 
 @click.command()
