@@ -62,7 +62,7 @@ def show(job_id: str, as_json: bool) -> None:
         return
     document = _job_document(job)
     sections = {
-        "parameters": job.params["validated_params"],
+        "parameters": job.params.get("validated_params", job.params),  # a script has none
         "mounts": document.pop("mounts"),
         "outputs": document.pop("outputs"),
     }
