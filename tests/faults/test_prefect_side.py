@@ -15,6 +15,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.states import AwaitingRetry
 
 from openweights_prefect import JobFailed, OpenWeights
+from openweights_prefect.bundle import deploy_root
 from openweights_prefect.resources.job import Job
 
 pytestmark = pytest.mark.stack
@@ -51,6 +52,33 @@ def start(stack: Stack, parameters: dict[str, Any], **options: Any) -> str:
     return str(run.id)
 
 
+def prefect(stack: Stack, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line of Prefect in the checkout, against the stack."""
+    environment = {
+        **stack.environment,
+        "PREFECT_API_URL": stack.settings.prefect_api_url,
+        "PREFECT_HOME": str(stack.home / "prefect"),
+        "DO_NOT_TRACK": "1",
+    }
+    argv = [str(Path(sys.executable).with_name("prefect")), *arguments]
+    said = subprocess.run(
+        argv, env=environment, cwd=deploy_root(), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert said.returncode == 0, said.stdout + said.stderr
+    return said
+
+
+def deployments(stack: Stack) -> list[dict[str, Any]]:
+    """What Prefect holds of each deployment, but for times, versions and an empty part of a schema."""
+    passing = {"id", "created", "updated", "version", "version_id", "version_info", "last_polled", "status"}
+    with stack.prefect() as client:
+        found = [deployment.model_dump(mode="json") for deployment in client.read_deployments()]
+    for deployment in found:
+        deployment["parameter_openapi_schema"].setdefault("definitions", {})
+    kept = [{name: value for name, value in each.items() if name not in passing} for each in found]
+    return sorted(kept, key=lambda deployment: str(deployment["name"]))
+
+
 def ended(stack: Stack, flow_run_id: str, seconds: float = _POLL_SECONDS) -> FlowRun:
     """The flow run, once its state is final."""
 
@@ -64,21 +92,32 @@ def ended(stack: Stack, flow_run_id: str, seconds: float = _POLL_SECONDS) -> Flo
     return found
 
 
+def test_prefect_deploy_makes_the_same_deployments(stack: Stack) -> None:
+    """`prefect deploy --all` of the checkout changes nothing that `ow up` registered but the version."""
+    before = deployments(stack)
+    prefect(stack, "--no-prompt", "deploy", "--all")
+    assert deployments(stack) == before
+
+
+def test_a_work_pool_is_made_by_the_prefect_command_line(stack: Stack) -> None:
+    """The type `runpod` is known to Prefect once the package is installed; its form has our variables."""
+    prefect(stack, "work-pool", "create", "handmade", "--type", "runpod")
+    with stack.prefect() as client:
+        template = client.read_work_pool("handmade").base_job_template
+        client.delete_work_pool("handmade")
+    assert {"requires_vram_gb", "allowed_hardware", "docker_image"} <= set(
+        template["variables"]["properties"]
+    )
+
+
 def test_the_command_line_of_prefect_starts_the_same_job(stack: Stack, ow: OpenWeights) -> None:
     """`prefect deployment run` with the parameters of a finished job ends as Cached; no pod is touched."""
     job = ow.command.create(tag=stack.tag("cli"), command="echo hello").wait(timeout=60, progress=False)
     pods, runs = stack.report()["created"], len(job.runs)
-    argv = [str(Path(sys.executable).with_name("prefect")), "deployment", "run", "custom-job/custom-job"]
+    arguments = ["deployment", "run", "custom-job/custom-job"]
     for name, value in parameters_of(job).items():
-        argv += ["--param", f"{name}={json.dumps(value)}"]
-    environment = {
-        **stack.environment,
-        "PREFECT_API_URL": stack.settings.prefect_api_url,
-        "PREFECT_HOME": str(stack.home / "prefect"),
-        "DO_NOT_TRACK": "1",
-    }
-    said = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=60, check=False)
-    assert said.returncode == 0, said.stdout + said.stderr
+        arguments += ["--param", f"{name}={json.dumps(value)}"]
+    prefect(stack, *arguments)
     with stack.prefect() as client:
         [*_, flow_run] = sorted(client.read_flow_runs(), key=lambda run: str(run.created))
     assert str(flow_run.id) not in {run.id for run in job.runs}
