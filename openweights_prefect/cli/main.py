@@ -36,7 +36,7 @@ _COMMANDS = {
     "cancel": _Entry("jobs", "cancel", "Cancel jobs."),
     "restart": _Entry("jobs", "restart", "Run failed or canceled jobs again."),
     "fetch": _Entry("files", "fetch", "Download a file, or the results of a job."),
-    "pod": _Entry("pods", "pod", "Look at pods."),
+    "pod": _Entry("pods", "pod", "Look at pods, and end them."),
     "worker": _Entry("worker", "worker", "Run a Prefect worker of type runpod in the foreground."),
     "db": _Entry("database", "db", "Migrate the ledger."),
 }

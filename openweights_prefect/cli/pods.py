@@ -16,7 +16,7 @@ _ALIVE = ["starting", "active", "busy", "draining", "lost"]
 
 @click.group()
 def pod() -> None:
-    """Look at pods.
+    """Look at pods, and end them.
 
     \b
     Example:
@@ -44,6 +44,32 @@ def ls(everything: bool, limit: int, as_json: bool) -> None:
         return
     columns = ("id", "status", "hardware", "cloud", "usd/h", "uptime", "run", "reason")
     print_table(columns, [_row(row) for row in pods])
+
+
+@pod.command()
+@click.argument("pod_ids", metavar="POD...", nargs=-1, required=True)
+@json_option
+@click.pass_context
+def terminate(ctx: click.Context, pod_ids: tuple[str, ...], as_json: bool) -> None:
+    """End pods.
+
+    Each finishes the run that it has, takes no other, and is terminated then; to stop the run as well, cancel
+    its job. The exit code is 1 if one is unknown or has ended already.
+
+    \b
+    Example:
+      ow pod terminate pod-0123456789ab
+    """
+    with open_ledger() as ledger:
+        outcomes = {each: ledger.call("request_shutdown", for_worker=each)[0]["outcome"] for each in pod_ids}
+    for pod_id, outcome in outcomes.items():
+        if outcome != "requested":
+            click.echo(f"Error: No pod {pod_id!r} is alive in this organization; see `ow pod ls`.", err=True)
+        elif not as_json:
+            click.echo(f"{pod_id}: ends after its run")
+    if as_json:
+        print_json(outcomes)
+    ctx.exit(0 if set(outcomes.values()) == {"requested"} else 1)
 
 
 def _row(row: Row) -> tuple[object, ...]:

@@ -189,6 +189,7 @@ def test_logs_and_events_of_a_job_without_runs_are_empty(ledger_home: Path, ledg
 def test_pods_and_migrations_are_listed(ledger_home: Path, ledger: PostgresLedger) -> None:
     """`ow pod ls` and `ow db status` read the ledger."""
     assert answer("pod", "ls") == []
+    assert ow("pod", "terminate", "pod-nope").exit_code == 1
     assert ow("db", "status").exit_code in (0, 1)
 
 

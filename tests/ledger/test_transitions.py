@@ -372,6 +372,36 @@ def test_a_pod_with_a_fresh_hint_may_not_end(ledger: PostgresLedger) -> None:
     )
 
 
+def test_a_pod_is_lost_and_ended_once(ledger: PostgresLedger) -> None:
+    """Repeating either, or asking for an unknown pod, changes nothing and says so."""
+    buy(ledger)
+    boot(ledger)
+
+    def outcome(function: str, pod: str = "pod-1") -> str:
+        why = {} if function == "request_shutdown" else {"why": "test"}
+        return str(ledger.call(function, for_worker=pod, **why)[0]["outcome"])
+
+    assert [outcome("lose_pod"), outcome("lose_pod"), outcome("lose_pod", "pod-x")] == [
+        "lost",
+        "refused",
+        "refused",
+    ]
+    assert [outcome("end_pod"), outcome("end_pod")] == ["terminated", "refused"]
+    assert [outcome("request_shutdown"), outcome("request_shutdown", "pod-x")] == ["not_found", "not_found"]
+
+
+def test_a_pod_that_is_to_end_takes_no_run(ledger: PostgresLedger) -> None:
+    """It finishes what it has; the next heartbeat tells it, and nothing is opened on it any more."""
+    submit(ledger)
+    run = flow_run_for(ledger, "probe-1")
+    buy(ledger)
+    process = boot(ledger)
+    assert ledger.call("request_shutdown", for_worker="pod-1")[0]["outcome"] == "requested"
+    answer = renew(ledger, process)
+    assert (answer["shutdown"], answer["next_run"]) == (True, None)
+    assert open_run(ledger, run, process)["outcome"] == "refused"
+
+
 def test_a_wrong_token_registers_nothing(ledger: PostgresLedger) -> None:
     buy(ledger)
     answer = ledger.call(

@@ -103,23 +103,6 @@ begin
 end
 $$;
 
--- A job that can never run: fails while it waits.
-create function public.fail_pending_job(for_job text, why text) returns setof jsonb
-language plpgsql
-set search_path = ''
-as $$
-begin
-    update public.jobs j set status = 'failed', error = why, finished_at = now(), pending_reason = null
-    where j.id = for_job and j.status = 'pending';
-    if found then
-        update public.runs r set status = 'failed', error = why, finished_at = now()
-        where r.job_id = for_job and r.status = 'pending';
-        perform private.notify('ow_job', for_job);
-    end if;
-    return query select jsonb_build_object('outcome', case when found then 'failed' else 'refused' end);
-end
-$$;
-
 -- The row that must exist before a pod is bought. Counted under a lock, so that the limit holds for all workers together.
 create function public.intend_pod(pod jsonb, token text, ttl_seconds double precision, max_pods int) returns setof jsonb
 language plpgsql
@@ -170,8 +153,12 @@ begin
     end if;
     update public.worker w set status = 'lost', reason = why, boot = null, run_id = null
     where w.id = for_worker and w.status not in ('lost', 'terminated');
+    if not found then
+        return query select jsonb_build_object('outcome', 'refused');
+        return;
+    end if;
     perform private.wake_workers();
-    return query select jsonb_build_object('outcome', case when found then 'lost' else 'refused' end);
+    return query select jsonb_build_object('outcome', 'lost');
 end
 $$;
 
@@ -233,14 +220,19 @@ begin
 end
 $$;
 
+-- The pod is to end when its run has ended; its next heartbeat says so.
 create function public.request_shutdown(for_worker text) returns setof jsonb
 language plpgsql
 set search_path = ''
 as $$
 begin
     update public.worker w set shutdown_requested = true where w.id = for_worker and w.status <> 'terminated';
+    if not found then
+        return query select jsonb_build_object('outcome', 'not_found');
+        return;
+    end if;
     perform private.notify('ow_pod', for_worker);
-    return query select jsonb_build_object('outcome', case when found then 'requested' else 'not_found' end);
+    return query select jsonb_build_object('outcome', 'requested');
 end
 $$;
 
