@@ -11,6 +11,12 @@ from uuid import UUID
 
 import pytest
 from local_stack import Stack, eventually
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterId,
+    LogFilter,
+    LogFilterFlowRunId,
+)
 from prefect.client.schemas.objects import FlowRun
 from prefect.states import AwaitingRetry
 
@@ -240,3 +246,31 @@ def test_retry_of_a_completed_flow_run_is_answered_from_its_job(stack: Stack, ow
         client.set_flow_run_state(UUID(run), AwaitingRetry(), force=True)
     assert ended(stack, run).state_name == "Cached"
     assert len(job.runs) == 1
+
+
+def test_a_run_shows_its_progress_metrics_and_report(stack: Stack, ow: OpenWeights) -> None:
+    """Log lines and three artifacts are on the page of the run."""
+    program = (
+        "from openweights_prefect import OpenWeights; ow = OpenWeights(); print('hello page'); "
+        "[ow.run.log({'step': n, 'loss': 5 - n, 'progress': n / 4}) for n in range(5)]; "
+        "open('uploads/result.txt', 'w').write('done')"
+    )
+    job = ow.command.create(tag=stack.tag("page"), command=f'python -c "{program}"')
+    job.wait(timeout=60, progress=False)
+    run = UUID(job.runs[0].id)
+    mine = FlowRunFilter(id=FlowRunFilterId(any_=[run]))
+
+    def artifacts() -> dict[str, Any] | None:
+        with stack.prefect() as client:
+            found = client.read_artifacts(flow_run_filter=mine)
+        return {str(each.type): each.data for each in found} if len(found) >= 3 else None
+
+    shown = eventually(artifacts, 20, "there are three artifacts")
+    assert shown is not None
+    assert float(shown["progress"]) == 100
+    assert "result.txt" in shown["markdown"]
+    table = json.loads(shown["table"]) if isinstance(shown["table"], str) else shown["table"]
+    assert [row["loss"] for row in table] == [5, 4, 3, 2, 1]
+    with stack.prefect() as client:
+        logs = client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run])))
+    assert "hello page" in [log.message for log in logs]
