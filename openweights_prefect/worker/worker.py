@@ -37,8 +37,6 @@ class RunPodWorker(BaseWorker[RunPodJobConfiguration, RunPodVariables, RunPodWor
     job_configuration_variables = RunPodVariables
     _description = "Run flows on GPU pods of RunPod; pods are reused while warm, and end when idle."
     _display_name = "RunPod"
-    _documentation_url = "https://github.com/openweights-prefect/openweights-prefect"
-    _logo_url = ""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

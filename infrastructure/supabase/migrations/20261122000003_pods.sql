@@ -145,8 +145,7 @@ begin
     where j.id = held_job.id;
     update public.worker w set status = 'busy', run_id = for_run, idle_since = null where w.id = for_worker;
     perform private.notify('ow_job', held_job.id);
-    return query select jsonb_build_object('outcome', 'opened', 'job', to_jsonb(j), 'attempt', held_run.attempt, 'gpu_count', pod.gpu_count,
-        'file_names', (select coalesce(jsonb_object_agg(f.id, f.filename), '{}') from public.files f where f.id = any (j.files)))
+    return query select jsonb_build_object('outcome', 'opened', 'job', to_jsonb(j), 'attempt', held_run.attempt, 'gpu_count', pod.gpu_count)
     from public.jobs j where j.id = held_job.id;
 end
 $$;
