@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from openweights_prefect import Job, Jobs, OpenWeights, StackError, register
 from openweights_prefect.files.store import LocalFileStore
 from openweights_prefect.ledger import embedded
-from openweights_prefect.ledger.postgres import PostgresLedger
+from openweights_prefect.ledger.postgres import local_ledger
 from openweights_prefect.ledger.protocol import Ledger, Row
 from openweights_prefect.resources.session import Session
 from openweights_prefect.settings import Settings
@@ -100,7 +100,7 @@ class RepeatedSubmits(NamedTuple):
 
 def repeat_finished(settings: Settings, count: int) -> RepeatedSubmits:
     """Submit a job that a `Submitter` has brought to its end, again and again."""
-    ledger = _CountingLedger(PostgresLedger(settings.database_url, organization_id=settings.organization_id))
+    ledger = _CountingLedger(local_ledger(settings.database_url, settings.organization_id))
     store = LocalFileStore(settings.files_folder)
     jobs = Noop(Session(ledger, store, settings.organization_id, settings))
     jobs.create(number=1)  # Opens the connection.
@@ -117,7 +117,7 @@ def repeat_finished(settings: Settings, count: int) -> RepeatedSubmits:
 
 def await_pods(settings: Settings, count: int) -> None:
     """Return when so many pods have booted; raises `StackError` when that takes too long."""
-    ledger = PostgresLedger(settings.database_url, organization_id=settings.organization_id)
+    ledger = local_ledger(settings.database_url, settings.organization_id)
     deadline = time.monotonic() + _PODS_SECONDS
     try:
         while len(ledger.call("list_workers", with_status=["active", "busy"])) < count:
@@ -144,6 +144,10 @@ class _CountingLedger:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self.calls = 0
+
+    @property
+    def organization_id(self) -> str:
+        return self._ledger.organization_id
 
     def call(self, function: str, **arguments: Any) -> list[Row]:
         self.calls += 1

@@ -12,7 +12,7 @@ from typing import Any
 
 from openweights_prefect.errors import ConfigurationError
 from openweights_prefect.files.store import LocalFileStore
-from openweights_prefect.ledger.postgres import PostgresLedger
+from openweights_prefect.ledger.connect import check_organization, connect
 from openweights_prefect.resources.custom import Jobs, registered
 from openweights_prefect.resources.events import Events
 from openweights_prefect.resources.files import Files
@@ -115,14 +115,11 @@ class OpenWeights:
 
 
 def _session(settings: Settings) -> Session:
-    if not settings.database_url:
-        raise ConfigurationError(
-            "No ledger is configured. Run `ow up` to start the local stack, or set `OW_DATABASE_URL`."
-        )
+    ledger = connect(settings)
     return Session(
-        ledger=PostgresLedger(settings.database_url, organization_id=settings.organization_id),
+        ledger=ledger,
         store=LocalFileStore(settings.files_folder),
-        organization_id=settings.organization_id,
+        organization_id=check_organization(settings, ledger),
         settings=settings,
     )
 

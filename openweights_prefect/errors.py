@@ -2,6 +2,9 @@
 
 OpenWeightsError
 ├── ConfigurationError      a setting is missing or wrong
+├── AuthenticationError     the token or session is unknown, expired or revoked
+├── PermissionDeniedError   the caller is known and may not do this
+├── BudgetExceeded          a spending limit of the token or the organization is reached
 ├── InvalidRequestError     what was asked for cannot be done as asked
 │   ├── InvalidParameterError   a parameter has a bad value
 │   └── InvalidFileError        a data file does not have the format of its purpose
@@ -23,6 +26,18 @@ class OpenWeightsError(Exception):
 
 class ConfigurationError(OpenWeightsError):
     """A setting is missing or wrong."""
+
+
+class AuthenticationError(OpenWeightsError):
+    """The token or session is unknown, expired or revoked, or its owner is no member any more."""
+
+
+class PermissionDeniedError(OpenWeightsError, PermissionError):
+    """The caller is known and may not do this."""
+
+
+class BudgetExceeded(OpenWeightsError):
+    """A spending limit of the token or the organization is reached."""
 
 
 class InvalidRequestError(OpenWeightsError, ValueError):

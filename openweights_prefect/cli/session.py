@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 
 from openweights_prefect.client import OpenWeights
-from openweights_prefect.errors import ConfigurationError
-from openweights_prefect.ledger.postgres import PostgresLedger
+from openweights_prefect.ledger.connect import connect
+from openweights_prefect.ledger.protocol import Ledger
 from openweights_prefect.settings import Settings
 
 
@@ -18,14 +18,9 @@ def user_environment() -> Mapping[str, str]:
 
 
 @contextmanager
-def open_ledger() -> Iterator[PostgresLedger]:
+def open_ledger() -> Iterator[Ledger]:
     """The ledger itself, for what the client does not offer."""
-    settings = Settings.load()
-    if not settings.database_url:
-        raise ConfigurationError(
-            "No ledger is configured. Run `ow up` to start the local stack, or set `OW_DATABASE_URL`."
-        )
-    with closing(PostgresLedger(settings.database_url, organization_id=settings.organization_id)) as ledger:
+    with closing(connect(Settings.load())) as ledger:
         yield ledger
 
 

@@ -6,8 +6,6 @@ import json
 import logging
 import random
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import psycopg
@@ -16,10 +14,20 @@ from psycopg.types.json import Jsonb
 from psycopg_pool import ConnectionPool, PoolTimeout
 
 from openweights_prefect.errors import (
+    AuthenticationError,
     ConfigurationError,
     ConflictError,
     InvalidRequestError,
     LedgerUnavailable,
+    PermissionDeniedError,
+)
+from openweights_prefect.ledger.identity import (
+    Claims,
+    Identity,
+    LocalIdentity,
+    ServiceIdentity,
+    TokenIdentity,
+    granted,
 )
 from openweights_prefect.ledger.protocol import Row
 
@@ -31,33 +39,44 @@ _CONNECTION_LOST = (
     "40",
 )  # gone, shutting down, out of resources, locks, serialization
 _PROBE_SECONDS = 2
+_IDENTIFY = sql.SQL(
+    "select set_config('role', %(ow_role)s, true), set_config('request.jwt.claims', %(ow_claims)s, true); "
+)
 
 # Our error says what these warnings say; they reach stderr only where somebody set up logging.
 logging.getLogger("psycopg.pool").addHandler(logging.NullHandler())
 
 
 class PostgresLedger:
-    """Calls SQL functions as `authenticated` for one organization; safe to share between threads."""
+    """Calls SQL functions with the rights of one identity; safe to share between threads.
+
+    Does what PostgREST does: each call is a transaction of its own that begins by taking the role and the
+    claims of its caller, so a connection keeps nothing of anybody, and poolers may share it.
+    """
 
     def __init__(
-        self, url: str, *, organization_id: str, patience_seconds: float = 30.0, connections: int = 4
+        self, url: str, *, identity: Identity, patience_seconds: float = 30.0, connections: int = 4
     ) -> None:
         check_url(url)
         self._url = url
-        self._organization_id = organization_id
+        self._identity = identity
         self._patience_seconds = patience_seconds
         self._pool = ConnectionPool(
             url,
             min_size=0,
             max_size=connections,
             open=True,
-            configure=self._configure,
             check=None,
             kwargs={"autocommit": True},
             timeout=patience_seconds,
             reconnect_timeout=patience_seconds,
             name="ledger",
         )
+
+    @property
+    def organization_id(self) -> str:
+        """The organization that the identity acts for."""
+        return str(self._identity.claims()["organization_id"])
 
     def call(self, function: str, *, patience_seconds: float | None = None, **arguments: Any) -> list[Row]:
         """Call a function and return its rows.
@@ -67,6 +86,8 @@ class PostgresLedger:
 
         Raises:
             LedgerUnavailable: The database did not answer in time.
+            AuthenticationError: The identity speaks for no organization (any more).
+            PermissionDeniedError: It may not do this.
             InvalidRequestError: The database refused the arguments.
         """
         statement = _statement(function, tuple(arguments))
@@ -77,21 +98,28 @@ class PostgresLedger:
         pause = 0.05
         while True:
             try:
-                with self._connection(deadline) as connection:
-                    return [row[0] for row in connection.execute(statement, values)]
+                claims = self._identity.claims()
+                with self._pool.connection(timeout=max(0.1, deadline - time.monotonic())) as connection:
+                    return _call(connection, claims, statement, values)
+            except psycopg.errors.InvalidAuthorizationSpecification as exc:
+                raise AuthenticationError(f"`{function}` was refused: {_reason(exc)}.") from exc
             except (psycopg.OperationalError, PoolTimeout) as exc:
                 if not _is_transient(exc) or time.monotonic() + pause > deadline:
                     raise LedgerUnavailable(
                         f"The ledger did not answer `{function}` in {patience:.3g} s ({self._cause(exc)}). "
                         "Is PostgreSQL up? `ow status` says so, `ow up` starts it."
                     ) from exc
+            except psycopg.errors.InsufficientPrivilege as exc:
+                raise PermissionDeniedError(f"`{function}` was refused: {_reason(exc)}.") from exc
             except psycopg.errors.UndefinedFunction as exc:
                 raise ConflictError(
                     f"The ledger has no function `{function}`: its schema is older or newer than this "
                     "package. `ow db status` says which, `ow db migrate` brings it up to date."
                 ) from exc
-            except psycopg.DataError as exc:
-                raise InvalidRequestError(f"The ledger refused the arguments of `{function}`: {exc}") from exc
+            except (psycopg.DataError, psycopg.IntegrityError) as exc:
+                raise InvalidRequestError(
+                    f"The ledger refused the arguments of `{function}`: {_reason(exc)}."
+                ) from exc
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(pause * 2, 2.0)
 
@@ -109,14 +137,6 @@ class PostgresLedger:
                 reason = failure
         return " ".join(str(reason).split())
 
-    @contextmanager
-    def _connection(self, deadline: float) -> Iterator[psycopg.Connection]:
-        with self._pool.connection(timeout=max(0.1, deadline - time.monotonic())) as connection:
-            yield connection
-
-    def _configure(self, connection: psycopg.Connection) -> None:
-        identify(connection, self._organization_id)
-
 
 def check_url(url: str) -> None:
     """Raise `ConfigurationError` for what is no URL of a PostgreSQL database; it may hold a password."""
@@ -133,13 +153,35 @@ def check_url(url: str) -> None:
         )
 
 
-def identify(connection: psycopg.Connection, organization_id: str) -> None:
-    """Give a connection the rights of one organization's caller, as PostgREST would."""
-    claims = json.dumps({"role": "authenticated", "organization_id": organization_id})
-    connection.execute(
-        "select set_config('role', 'authenticated', false), set_config('request.jwt.claims', %s, false)",
-        (claims,),
-    )
+def local_ledger(url: str, organization_id: str, *, patience_seconds: float = 30.0) -> PostgresLedger:
+    """The ledger as the local person sees it: whoever may open the database."""
+    return PostgresLedger(url, identity=LocalIdentity(organization_id), patience_seconds=patience_seconds)
+
+
+def token_identity(url: str, token: str) -> TokenIdentity:
+    """The identity of an API token or of a pod's session, exchanged in the database itself."""
+
+    def exchange(token_hash: str) -> Claims:
+        service = PostgresLedger(url, identity=ServiceIdentity(), connections=1)
+        try:
+            return granted(service.call("exchange_token", hash=token_hash, source="local")[0])
+        finally:
+            service.close()
+
+    return TokenIdentity(token, exchange)
+
+
+def _call(
+    connection: psycopg.Connection, claims: Claims, statement: sql.Composed, values: dict[str, Any]
+) -> list[Row]:
+    """Both statements are one request, which PostgreSQL runs as one transaction.
+
+    libpq's escaping puts the values in: a request of several statements takes no parameters.
+    """
+    caller = {"ow_role": claims["role"], "ow_claims": json.dumps(dict(claims))}
+    cursor = psycopg.ClientCursor(connection).execute(_IDENTIFY + statement, {**values, **caller})
+    cursor.nextset()
+    return [row[0] for row in cursor]
 
 
 def _statement(function: str, names: tuple[str, ...]) -> sql.Composed:
@@ -153,6 +195,11 @@ def _adapt(value: Any) -> Any:
     """Objects, and lists of them, are jsonb; other lists are arrays."""
     is_json = isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, dict) for v in value))
     return Jsonb(value) if is_json else value
+
+
+def _reason(exc: psycopg.Error) -> str:
+    """PostgreSQL's own sentence, without the lines that show where in a function it arose."""
+    return exc.diag.message_primary or " ".join(str(exc).split())
 
 
 def _is_transient(exc: Exception) -> bool:

@@ -10,6 +10,11 @@ Row = dict[str, Any]
 class Ledger(Protocol):
     """Calls the SQL functions of the ledger for one organization."""
 
+    @property
+    def organization_id(self) -> str:
+        """The organization that the caller acts for; a token is exchanged to find out."""
+        ...
+
     def call(self, function: str, *, patience_seconds: float | None = None, **arguments: Any) -> list[Row]:
         """Call a function and return its JSON rows. Repeating a call has no second effect.
 

@@ -8,44 +8,27 @@ import os
 import signal
 import time
 from collections.abc import MutableMapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
-from openweights_prefect.errors import ConfigurationError, OpenWeightsError
+from openweights_prefect.errors import AuthenticationError, OpenWeightsError
+from openweights_prefect.files.store import LocalFileStore
+from openweights_prefect.ledger.connect import connect_pod, redeem_bootstrap
 from openweights_prefect.ledger.notifications import notifications
 from openweights_prefect.ledger.protocol import Ledger, Row
 from openweights_prefect.orchestration.flow_runs import FlowRuns
 from openweights_prefect.pod.execution import Execution
 from openweights_prefect.pod.library import Library
 from openweights_prefect.pod.nursery import Nursery
+from openweights_prefect.pod.session import PodIdentity, session_secret
 from openweights_prefect.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-
 _END_SECONDS = 8.0
 _PAUSE_SECONDS = 1.0
 _MOST_SETTLING = 2
-
-
-@dataclass(frozen=True)
-class PodIdentity:
-    """What a pod is told when it is created."""
-
-    worker_id: str
-    token: str
-
-    @classmethod
-    def take(cls, environment: MutableMapping[str, str]) -> PodIdentity:
-        """Read the identity and remove the token, so that nothing started later inherits it."""
-        try:
-            return cls(worker_id=environment["OW_POD_ID"], token=environment.pop("OW_POD_TOKEN"))
-        except KeyError as exc:
-            raise ConfigurationError(
-                f"{exc.args[0]} is not set: the agent runs only in a pod that the `runpod` worker created."
-            ) from None
 
 
 class Agent:
@@ -54,14 +37,14 @@ class Agent:
     def __init__(
         self,
         *,
-        identity: PodIdentity,
+        worker_id: str,
         settings: Settings,
         ledger: Ledger,
         library: Library,
         flow_runs: FlowRuns,
         root: Path,
     ) -> None:
-        self._identity = identity
+        self._worker_id = worker_id
         self._settings = settings
         self._ledger = ledger
         self._library = library
@@ -111,8 +94,7 @@ class Agent:
                 started = time.monotonic()
                 answer = await self._call(
                     "register_pod",
-                    for_worker=self._identity.worker_id,
-                    token=self._identity.token,
+                    for_worker=self._worker_id,
                     as_boot=self._boot,
                     lease_seconds=self._settings.lease_seconds,
                     models=self._models,
@@ -126,7 +108,7 @@ class Agent:
                 self._ended.set()
                 return
             self._renewed(started)
-            logger.info("Pod %s is registered.", self._identity.worker_id)
+            logger.info("Pod %s is registered.", self._worker_id)
             return
 
     async def _keep_beating(self) -> None:
@@ -137,7 +119,7 @@ class Agent:
     async def _listen(self) -> None:
         """Beat at once when somebody points at this pod."""
         async for payload in notifications(self._settings.database_url, "ow_pod"):
-            if payload in ("", self._identity.worker_id):
+            if payload in ("", self._worker_id):
                 await self._beat()
 
     async def _beat(self) -> None:
@@ -146,7 +128,7 @@ class Agent:
             try:
                 answer = await self._call(
                     "renew_lease",
-                    for_worker=self._identity.worker_id,
+                    for_worker=self._worker_id,
                     as_boot=self._boot,
                     lease_seconds=self._settings.lease_seconds,
                     models=self._models,
@@ -179,7 +161,7 @@ class Agent:
     def _start(self, run_id: UUID) -> None:
         self._execution = Execution(
             run_id=run_id,
-            worker_id=self._identity.worker_id,
+            worker_id=self._worker_id,
             boot=self._boot,
             ledger=self._ledger,
             library=self._library,
@@ -208,15 +190,15 @@ class Agent:
 
     async def _give_back(self, run_id: str) -> None:
         """The ledger holds us to a run that ended in an error here: it is lost, and tried again."""
-        why = f"its execution on pod {self._identity.worker_id} ended in an error"
+        why = f"its execution on pod {self._worker_id} ended in an error"
         await self._call("finish_run", for_run=UUID(run_id), as_boot=self._boot, result="lost", why=why)
 
     async def _release(self, why: str, *, forced: bool) -> None:
         answer = await self._call(
-            "release_pod", for_worker=self._identity.worker_id, as_boot=self._boot, why=why, forced=forced
+            "release_pod", for_worker=self._worker_id, as_boot=self._boot, why=why, forced=forced
         )
         if answer["outcome"] == "draining":
-            logger.info("Pod %s ends: %s.", self._identity.worker_id, why)
+            logger.info("Pod %s ends: %s.", self._worker_id, why)
             self._ended.set()
 
     async def _fence(self) -> None:
@@ -245,17 +227,16 @@ class Agent:
 
 async def serve(settings: Settings, environment: MutableMapping[str, str]) -> bool:
     """Run the agent of this pod to its end; True when a signal ended it."""
-    from openweights_prefect.files.store import LocalFileStore
-    from openweights_prefect.ledger.postgres import PostgresLedger
-
     identity = PodIdentity.take(environment)
-    ledger = PostgresLedger(settings.database_url, organization_id=settings.organization_id)
-    library = Library(
-        ledger=ledger, store=LocalFileStore(settings.files_folder), organization_id=settings.organization_id
-    )
+    session = session_secret(Path.cwd() / ".session")
+    if not await _redeem(settings, identity, session):
+        return False
+    ledger = connect_pod(settings, session)
+    store = LocalFileStore(settings.files_folder)
+    library = Library(ledger=ledger, store=store, organization_id=ledger.organization_id)
     async with FlowRuns.connect(settings) as flow_runs:
         agent = Agent(
-            identity=identity,
+            worker_id=identity.worker_id,
             settings=settings,
             ledger=ledger,
             library=library,
@@ -268,6 +249,21 @@ async def serve(settings: Settings, environment: MutableMapping[str, str]) -> bo
         await agent.run()
     ledger.close()
     return agent.signaled
+
+
+async def _redeem(settings: Settings, identity: PodIdentity, session: str) -> bool:
+    """Trade the one-time token for the session; False when the pod is not what it was bought for any more."""
+    while True:
+        try:
+            await asyncio.to_thread(redeem_bootstrap, settings, identity.bootstrap, session)
+        except AuthenticationError as exc:
+            logger.error("%s", exc)
+            return False
+        except OpenWeightsError as exc:
+            logger.warning("Cannot redeem the one-time token yet: %s", exc)
+            await asyncio.sleep(_PAUSE_SECONDS)
+        else:
+            return True
 
 
 def main(settings: Settings) -> None:

@@ -79,6 +79,11 @@ class PatientLedger:
         self._ledger = ledger
         self._pace = pace
 
+    @property
+    def organization_id(self) -> str:
+        """The organization that the caller acts for."""
+        return self._ledger.organization_id
+
     def call(self, function: str, *, patience_seconds: float | None = None, **arguments: Any) -> list[Row]:
         """Call a function; bears outages as `Pace.bear` does, whatever `patience_seconds` says."""
         return self._pace.bear(lambda left: self._ledger.call(function, patience_seconds=left, **arguments))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from openweights_prefect.errors import OpenWeightsError
 from openweights_prefect.ledger import migrator
-from openweights_prefect.ledger.postgres import PostgresLedger
+from openweights_prefect.ledger.postgres import local_ledger
 from openweights_prefect.settings import Settings
 from openweights_prefect.stack import databases, health
 from openweights_prefect.stack.service import Folders
@@ -93,7 +93,7 @@ def _ledger(settings: Settings) -> Check:
     if missing:
         detail = f"{len(missing)} migrations are missing, the first is {missing[0]}"
         return Check("ledger", False, detail, "Run `ow db migrate`.")
-    ledger = PostgresLedger(where.ledger_url, organization_id=settings.organization_id, patience_seconds=5)
+    ledger = local_ledger(where.ledger_url, settings.organization_id, patience_seconds=5)
     try:
         answer = ledger.call("ping")[0]
     finally:

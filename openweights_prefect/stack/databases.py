@@ -8,9 +8,14 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import psycopg
 
-from openweights_prefect.errors import LedgerUnavailable, StackError
+from openweights_prefect.errors import (
+    InvalidRequestError,
+    LedgerUnavailable,
+    PermissionDeniedError,
+    StackError,
+)
 from openweights_prefect.ledger import embedded, migrator
-from openweights_prefect.ledger.postgres import check_url
+from openweights_prefect.ledger.postgres import check_url, local_ledger
 from openweights_prefect.settings import LOCAL_ORGANIZATION_ID, Settings
 from openweights_prefect.stack.service import Folders
 
@@ -69,19 +74,23 @@ def prepare_ledger(databases: Databases, settings: Settings) -> list[str]:
     if databases.is_embedded:
         migrator.ensure_database(databases.server_url, _LEDGER)
     applied = migrator.migrate(databases.admin_url)
-    name = "local" if settings.organization_id == LOCAL_ORGANIZATION_ID else settings.organization_id
-    try:
-        with psycopg.connect(databases.admin_url, connect_timeout=_CONNECT_SECONDS) as connection:
-            connection.execute(
-                "insert into public.organizations (id, name) values (%s, %s) on conflict (id) do nothing",
-                [settings.organization_id, name],
-            )
-    except psycopg.Error as exc:
-        raise StackError(
-            f"The organization {settings.organization_id!r} cannot be created in the ledger: {exc}. "
-            "Check `OW_ORGANIZATION_ID` (a UUID) and that the user of `OW_DATABASE_URL` owns the database."
-        ) from exc
+    create_organization(databases.ledger_url, settings.organization_id)
     return applied
+
+
+def create_organization(ledger_url: str, organization_id: str) -> None:
+    """Make the organization with the local person as its admin; one that is there is left as it is."""
+    name = "local" if organization_id == LOCAL_ORGANIZATION_ID else organization_id
+    ledger = local_ledger(ledger_url, organization_id)
+    try:
+        ledger.call("create_organization", organization_id=organization_id, name=name)
+    except (InvalidRequestError, PermissionDeniedError) as exc:
+        raise StackError(
+            f"The organization {organization_id!r} cannot be created in the ledger: {exc} "
+            "Check `OW_ORGANIZATION_ID`, a UUID."
+        ) from exc
+    finally:
+        ledger.close()
 
 
 def await_server(databases: Databases, *, seconds: float = 20) -> None:

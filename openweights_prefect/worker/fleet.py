@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from openweights_prefect.errors import ProviderError
+from openweights_prefect.ledger.identity import hash_secret
 from openweights_prefect.ledger.protocol import Ledger, Row
 from openweights_prefect.provisioning.hardware import choose_offers, explain_no_offer, usable_vram_gb
 from openweights_prefect.provisioning.placement import Pod, WaitingRun
@@ -84,7 +85,7 @@ class Fleet:
     async def _buy_offer(self, run: WaitingRun, offer: Offer) -> str | None:
         """Intent row, then one create call. Whatever happens between the two is found by the unique name."""
         worker_id = f"pod-{secrets.token_hex(6)}"
-        token = secrets.token_urlsafe(32)
+        token = f"owb_{secrets.token_urlsafe(32)}"
         row = {
             "id": worker_id,
             "docker_image": run.docker_image,
@@ -98,10 +99,12 @@ class Fleet:
         intent = await self._call(
             "intend_pod",
             pod=row,
-            token=token,
+            bootstrap_hash=hash_secret(token),
             ttl_seconds=3600 * self._settings.pod_ttl_hours,
             max_pods=self._settings.max_workers,
         )
+        if intent["outcome"] == "budget":
+            return "budget: a pod could cost more than what is left of it; `ow costs` shows it"
         if intent["outcome"] != "intended":
             return f"pod limit: all {self._settings.max_workers} pods of the organization are in use"
         try:

@@ -11,7 +11,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.workers.base import BaseWorker
 
 from openweights_prefect.errors import OpenWeightsError
-from openweights_prefect.ledger.postgres import PostgresLedger
+from openweights_prefect.ledger.connect import connect
 from openweights_prefect.orchestration.flow_runs import FlowRuns
 from openweights_prefect.provisioning.runpod.client import RunPodClient
 from openweights_prefect.settings import Settings
@@ -47,7 +47,7 @@ class RunPodWorker(BaseWorker[RunPodJobConfiguration, RunPodVariables, RunPodWor
         """Connect to Prefect, the ledger and RunPod, and start the observer."""
         await super().setup()
         settings = Settings.load()
-        ledger = PostgresLedger(settings.database_url, organization_id=settings.organization_id)
+        ledger = connect(settings, role="ow_worker")
         self._resources.callback(ledger.close)
         flow_runs = await self._resources.enter_async_context(FlowRuns.connect(settings))
         provider = RunPodClient(base_url=settings.runpod_api_url, api_key=settings.runpod_api_key)

@@ -16,12 +16,12 @@ from click.testing import CliRunner, Result
 from openweights_prefect.cli.main import _COMMANDS, main
 from openweights_prefect.cli.output import duration
 from openweights_prefect.client import OpenWeights
-from openweights_prefect.ledger.postgres import PostgresLedger
 from openweights_prefect.settings import Settings
 from openweights_prefect.stack.addresses import ensure_api_key
 from openweights_prefect.stack.service import Folders
 from openweights_prefect.stack.services import foreground_worker
 from openweights_prefect.types.job import parse_time
+from tests.callers import Callers
 
 OW = [sys.executable, "-m", "openweights_prefect.cli"]
 
@@ -51,7 +51,7 @@ def answer(*arguments: str) -> Any:
     return json.loads(result.stdout)
 
 
-def submit(ledger: PostgresLedger, name: str, job_type: str = "addition") -> str:
+def submit(ledger: Callers, name: str, job_type: str = "addition") -> str:
     job = {
         "id": f"{job_type}-{name}",
         "type": job_type,
@@ -132,7 +132,7 @@ def test_status_of_a_stack_that_is_down(home: Path) -> None:
     assert ow("down").stdout == "Nothing was running.\n"
 
 
-def test_jobs_are_listed(ledger_home: Path, ledger: PostgresLedger) -> None:
+def test_jobs_are_listed(ledger_home: Path, ledger: Callers) -> None:
     """`ow ls` filters, and prints tab-separated lines into a pipe."""
     one, two = submit(ledger, "1"), submit(ledger, "2", "other")
     assert [job["id"] for job in answer("ls")] == [two, one]
@@ -143,7 +143,7 @@ def test_jobs_are_listed(ledger_home: Path, ledger: PostgresLedger) -> None:
     assert row.split("\t")[:4] == [two, "other", "pending", "m"]
 
 
-def test_a_job_is_shown_with_its_runs(ledger_home: Path, ledger: PostgresLedger) -> None:
+def test_a_job_is_shown_with_its_runs(ledger_home: Path, ledger: Callers) -> None:
     """`ow show` has the columns, the runs and the address; an unknown job is an error."""
     job, run = submit(ledger, "1"), str(uuid.uuid4())
     ledger.call("record_flow_run", for_job=job, for_attempt=1, flow_run=run)
@@ -155,7 +155,7 @@ def test_a_job_is_shown_with_its_runs(ledger_home: Path, ledger: PostgresLedger)
     assert result.stderr.startswith("Error: No job 'nope'")
 
 
-def test_cancel_goes_on_after_a_failure(ledger_home: Path, ledger: PostgresLedger) -> None:
+def test_cancel_goes_on_after_a_failure(ledger_home: Path, ledger: Callers) -> None:
     """Ids come from the command line and stdin; one that fails sets exit code 1 and stops no other."""
     one, two = submit(ledger, "1"), submit(ledger, "2")
     result = ow("cancel", "nope", "-", one, stdin=f"{two}\n{one}\n")
@@ -179,14 +179,14 @@ def test_a_file_is_fetched(ledger_home: Path) -> None:
     assert ow("fetch", "custom_job_file:file-000000000000").exit_code == 1
 
 
-def test_logs_and_events_of_a_job_without_runs_are_empty(ledger_home: Path, ledger: PostgresLedger) -> None:
+def test_logs_and_events_of_a_job_without_runs_are_empty(ledger_home: Path, ledger: Callers) -> None:
     """There is nothing to print yet, and that is no error."""
     job = submit(ledger, "1")
     assert (ow("logs", job).output, ow("events", job).output) == ("", "")
     assert ow("fetch", job).stderr == "The job has no files yet.\n"
 
 
-def test_pods_and_migrations_are_listed(ledger_home: Path, ledger: PostgresLedger) -> None:
+def test_pods_and_migrations_are_listed(ledger_home: Path, ledger: Callers) -> None:
     """`ow pod ls` and `ow db status` read the ledger."""
     assert answer("pod", "ls") == []
     assert ow("pod", "terminate", "pod-nope").exit_code == 1

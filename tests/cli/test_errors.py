@@ -27,10 +27,12 @@ from openweights_prefect.errors import (
     NotFoundError,
     OpenWeightsError,
 )
-from openweights_prefect.ledger.postgres import PostgresLedger
+from openweights_prefect.ledger.identity import hash_secret
+from openweights_prefect.ledger.postgres import local_ledger
 from openweights_prefect.settings import LOCAL_ORGANIZATION_ID, Settings
 from openweights_prefect.stack.addresses import forget_addresses, write_addresses
 from openweights_prefect.stack.service import HOME_VARIABLE, Folders
+from tests.callers import Callers, bootstrap_hash
 
 OW = (sys.executable, "-m", "openweights_prefect.cli")
 GOOD_LINE = json.dumps(
@@ -74,7 +76,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def job_id(ledger: PostgresLedger) -> str:
+def job_id(ledger: Callers) -> str:
     """A job that waits."""
     row = {"id": "probe-1", "type": "probe", "docker_image": "i", "entrypoint": "true"}
     return str(ledger.call("submit_job", job=row)[0]["job"]["id"])
@@ -99,14 +101,14 @@ def assert_nothing_is_stored(ow: OpenWeights) -> None:
     assert [path for path in ow.settings.files_folder.rglob("*") if path.is_file()] == []
 
 
-def start_run(ledger: PostgresLedger, job_id: str, *, log: str) -> None:
+def start_run(ledger: Callers, job_id: str, *, log: str) -> None:
     """A pod runs the job and has printed something."""
     flow_run, boot = str(uuid.uuid4()), str(uuid.uuid4())
     ledger.call("record_flow_run", for_job=job_id, for_attempt=1, flow_run=flow_run)
     pod = {"id": "w-1", "docker_image": "i", "hardware": "1x L4", "gpu_type": "NVIDIA L4", "gpu_count": 1,
            "vram_gb": 19, "cloud": "SECURE", "price_per_hour": 0.4}  # fmt: skip
-    ledger.call("intend_pod", pod=pod, token="t", ttl_seconds=3600, max_pods=1)
-    ledger.call("register_pod", for_worker="w-1", token="t", as_boot=boot, lease_seconds=600, models=[])
+    ledger.call("intend_pod", pod=pod, bootstrap_hash=bootstrap_hash("w-1"), ttl_seconds=3600, max_pods=1)
+    ledger.call("register_pod", for_worker="w-1", as_boot=boot, lease_seconds=600, models=[])
     ledger.call("open_run", for_run=flow_run, for_worker="w-1", as_boot=boot)
     [answer] = ledger.call(
         "append_log", for_run=flow_run, as_boot=boot, from_offset=0, to_offset=len(log), piece=log
@@ -239,12 +241,16 @@ def test_a_wrong_token(token: str, environment: dict[str, str], ledger_url: str)
     assert token not in str(by_variable.value).replace("'ow_'", "")
 
 
-def test_a_token_is_kept_secret_and_the_argument_counts(environment: dict[str, str], ledger_url: str) -> None:
+def test_a_token_is_kept_secret_and_the_argument_counts(
+    environment: dict[str, str], ledger_url: str, ledger: Callers
+) -> None:
     """`OpenWeights(token)` replaces the variable; no repr shows it; commands refuse a wrong one too."""
     variables = {**environment, "OW_DATABASE_URL": ledger_url, "OPENWEIGHTS_API_KEY": "sk-secret"}
-    with OpenWeights("ow_0123456789", settings=Settings.load(variables)) as client:
-        assert client.settings.api_key == "ow_0123456789"
-        assert "ow_0123456789" not in repr(client.settings)
+    token = "ow_0123456789"
+    ledger.call("create_token", token_name="t", hash=hash_secret(token), prefix=token[:8])
+    with OpenWeights(token, settings=Settings.load(variables)) as client:
+        assert client.settings.api_key == token
+        assert token not in repr(client.settings)
     message = error_of("ls", environment=variables)
     assert "OPENWEIGHTS_API_KEY" in message
     assert "sk-secret" not in message
@@ -273,8 +279,8 @@ def test_with_a_stack_that_died(environment: dict[str, str], tmp_path: Path) -> 
     """The error has the cause and `ow up`; the connection pool adds no warnings of its own."""
     url = f"postgresql://authenticator@/openweights?host={tmp_path}"
     program = (
-        "import sys; from openweights_prefect.ledger.postgres import PostgresLedger\n"
-        "ledger = PostgresLedger(sys.argv[1], organization_id='o', patience_seconds=0.5)\n"
+        "import sys; from openweights_prefect.ledger.postgres import local_ledger\n"
+        "ledger = local_ledger(sys.argv[1], 'o', patience_seconds=0.5)\n"
         "try: ledger.call('ping')\n"
         "except Exception as exc: print(type(exc).__name__, exc)\n"
         "finally: ledger.close()\n"
@@ -419,7 +425,7 @@ def test_changes_that_the_state_forbids(environment: dict[str, str], ledger_url:
 
 
 def test_ctrl_c_while_following_a_log(
-    environment: dict[str, str], ledger_url: str, ledger: PostgresLedger, job_id: str
+    environment: dict[str, str], ledger_url: str, ledger: Callers, job_id: str
 ) -> None:
     """`ow logs -f` ends with 130 and says nothing; the job goes on."""
     start_run(ledger, job_id, log="first line\n")
@@ -433,7 +439,7 @@ def test_ctrl_c_while_following_a_log(
 
 
 def test_ctrl_c_while_waiting(
-    environment: dict[str, str], ledger_url: str, ledger: PostgresLedger, job_id: str
+    environment: dict[str, str], ledger_url: str, ledger: Callers, job_id: str
 ) -> None:
     """`job.wait()` is a `KeyboardInterrupt` with a note; the job goes on."""
     code, stderr = interrupt(
@@ -447,9 +453,7 @@ def test_ctrl_c_while_waiting(
 
 def test_a_call_gives_up_when_it_is_told_to() -> None:
     """`patience_seconds` of one call shortens the ledger's own, and never lengthens it."""
-    ledger = PostgresLedger(
-        "postgresql://nobody@127.0.0.1:1/none", organization_id=LOCAL_ORGANIZATION_ID, patience_seconds=1
-    )
+    ledger = local_ledger("postgresql://nobody@127.0.0.1:1/none", LOCAL_ORGANIZATION_ID, patience_seconds=1)
     for given, expected in ((0.2, 0.2), (60, 1)):
         start = time.monotonic()
         with pytest.raises(LedgerUnavailable, match=f"in {expected} s .*Connection refused"):

@@ -12,7 +12,12 @@ import pytest
 
 from openweights_prefect.errors import InvalidRequestError
 from openweights_prefect.ledger.embedded import EmbeddedPostgres
+from openweights_prefect.ledger.identity import LocalIdentity
 from openweights_prefect.ledger.postgres import PostgresLedger
+from openweights_prefect.ledger.protocol import Ledger
+from openweights_prefect.settings import LOCAL_ORGANIZATION_ID
+from openweights_prefect.stack.databases import create_organization
+from tests.callers import Callers, bootstrap_hash
 
 IMAGE = "openweights/test:latest"
 POD = {"docker_image": IMAGE, "hardware": "1x L4", "gpu_type": "NVIDIA L4", "gpu_count": 1, "vram_gb": 19,
@@ -30,55 +35,57 @@ def a_job(job_id: str = "probe-1", **changes: Any) -> dict[str, Any]:
     }
 
 
-def submit(ledger: PostgresLedger, job: dict[str, Any] | None = None) -> dict[str, Any]:
+def submit(ledger: Ledger, job: dict[str, Any] | None = None) -> dict[str, Any]:
     return ledger.call("submit_job", job=job or a_job())[0]
 
 
-def flow_run_for(ledger: PostgresLedger, job_id: str, attempt: int = 1) -> uuid.UUID:
+def flow_run_for(ledger: Callers, job_id: str, attempt: int = 1) -> uuid.UUID:
     flow_run = uuid.uuid4()
     answer = ledger.call("record_flow_run", for_job=job_id, for_attempt=attempt, flow_run=flow_run)
     assert answer[0]["outcome"] == "recorded"
     return flow_run
 
 
-def buy(ledger: PostgresLedger, worker_id: str = "pod-1", *, limit: int = 8) -> str:
+def buy(ledger: Ledger, worker_id: str = "pod-1", *, limit: int = 8) -> str:
     return str(
         ledger.call(
-            "intend_pod", pod={"id": worker_id, **POD}, token="secret", ttl_seconds=3600, max_pods=limit
+            "intend_pod",
+            pod={"id": worker_id, **POD},
+            bootstrap_hash=bootstrap_hash(worker_id),
+            ttl_seconds=3600,
+            max_pods=limit,
         )[0]["outcome"]
     )
 
 
-def boot(ledger: PostgresLedger, worker_id: str = "pod-1", *, lease_seconds: int = 60) -> uuid.UUID:
+def boot(ledger: Callers, worker_id: str = "pod-1", *, lease_seconds: int = 60) -> uuid.UUID:
     process = uuid.uuid4()
-    answer = ledger.call("register_pod", for_worker=worker_id, token="secret", as_boot=process,
+    answer = ledger.call("register_pod", for_worker=worker_id, as_boot=process,
                          lease_seconds=lease_seconds, models=[])  # fmt: skip
     assert answer[0]["outcome"] == "registered"
     return process
 
 
-def renew(ledger: PostgresLedger, process: uuid.UUID, worker_id: str = "pod-1") -> dict[str, Any]:
+def renew(ledger: Callers, process: uuid.UUID, worker_id: str = "pod-1") -> dict[str, Any]:
     return ledger.call("renew_lease", for_worker=worker_id, as_boot=process, lease_seconds=60, models=[])[0]
 
 
-def open_run(
-    ledger: PostgresLedger, run: uuid.UUID, process: uuid.UUID, worker_id: str = "pod-1"
-) -> dict[str, Any]:
+def open_run(ledger: Callers, run: uuid.UUID, process: uuid.UUID, worker_id: str = "pod-1") -> dict[str, Any]:
     return ledger.call("open_run", for_run=run, for_worker=worker_id, as_boot=process)[0]
 
 
 def finish(
-    ledger: PostgresLedger, run: uuid.UUID, process: uuid.UUID, result: str, why: str | None = None
+    ledger: Callers, run: uuid.UUID, process: uuid.UUID, result: str, why: str | None = None
 ) -> dict[str, Any]:
     return ledger.call("finish_run", for_run=run, as_boot=process, result=result, why=why)[0]
 
 
-def job(ledger: PostgresLedger, job_id: str = "probe-1") -> dict[str, Any]:
+def job(ledger: Callers, job_id: str = "probe-1") -> dict[str, Any]:
     return ledger.call("get_job", job_id=job_id)[0]
 
 
 @pytest.fixture
-def running(ledger: PostgresLedger) -> tuple[uuid.UUID, uuid.UUID]:
+def running(ledger: Callers) -> tuple[uuid.UUID, uuid.UUID]:
     """A job that runs on a pod: its run and the pod's boot."""
     submit(ledger)
     run = flow_run_for(ledger, "probe-1")
@@ -90,9 +97,7 @@ def running(ledger: PostgresLedger) -> tuple[uuid.UUID, uuid.UUID]:
 
 def test_64_concurrent_submits_make_one_job(ledger_url: str) -> None:
     """Whoever submits, there is one row; exactly one caller is told that it is new."""
-    ledger = PostgresLedger(
-        ledger_url, organization_id="00000000-0000-0000-0000-000000000001", connections=16
-    )
+    ledger = PostgresLedger(ledger_url, identity=LocalIdentity(LOCAL_ORGANIZATION_ID), connections=16)
     with ThreadPoolExecutor(64) as pool:
         outcomes = list(pool.map(lambda _: submit(ledger)["outcome"], range(64)))
     assert sorted(outcomes) == ["joined"] * 63 + ["new"]
@@ -100,13 +105,13 @@ def test_64_concurrent_submits_make_one_job(ledger_url: str) -> None:
     ledger.close()
 
 
-def test_missing_files_are_named_and_nothing_is_stored(ledger: PostgresLedger) -> None:
+def test_missing_files_are_named_and_nothing_is_stored(ledger: Callers) -> None:
     answer = submit(ledger, a_job(files=["conversations:file-aaaaaaaaaaaa"]))
     assert answer == {"outcome": "missing_files", "missing": ["conversations:file-aaaaaaaaaaaa"]}
     assert ledger.call("list_jobs") == []
 
 
-def test_a_run_is_opened_by_one_pod_only(ledger: PostgresLedger) -> None:
+def test_a_run_is_opened_by_one_pod_only(ledger: Callers) -> None:
     """Eight pods race for one run: one opens it."""
     submit(ledger)
     run = flow_run_for(ledger, "probe-1")
@@ -118,7 +123,7 @@ def test_a_run_is_opened_by_one_pod_only(ledger: PostgresLedger) -> None:
 
 
 def test_open_run_repeated_by_the_same_boot_is_not_a_second_opening(
-    ledger: PostgresLedger, running: tuple[uuid.UUID, uuid.UUID]
+    ledger: Callers, running: tuple[uuid.UUID, uuid.UUID]
 ) -> None:
     """The answer of the first call may have been lost on the way."""
     run, process = running
@@ -127,7 +132,7 @@ def test_open_run_repeated_by_the_same_boot_is_not_a_second_opening(
 
 
 def test_events_are_stored_once_and_in_order_whatever_is_repeated(
-    ledger: PostgresLedger, running: tuple[uuid.UUID, uuid.UUID]
+    ledger: Callers, running: tuple[uuid.UUID, uuid.UUID]
 ) -> None:
     run, process = running
     batch = [{"at": 1.0, "data": {"n": number}} for number in range(5)]
@@ -138,7 +143,7 @@ def test_events_are_stored_once_and_in_order_whatever_is_repeated(
     assert [event["data"]["n"] for event in ledger.call("list_events", for_job="probe-1")] == [0, 1, 2, 3, 4]
 
 
-def test_a_gap_in_the_events_is_refused(ledger: PostgresLedger, running: tuple[uuid.UUID, uuid.UUID]) -> None:
+def test_a_gap_in_the_events_is_refused(ledger: Callers, running: tuple[uuid.UUID, uuid.UUID]) -> None:
     run, process = running
     answer = ledger.call(
         "append_events", for_run=run, as_boot=process, first_sequence=3, batch=[{"at": 1, "data": {}}]
@@ -146,9 +151,7 @@ def test_a_gap_in_the_events_is_refused(ledger: PostgresLedger, running: tuple[u
     assert answer[0] == {"outcome": "gap", "next_sequence": 0}
 
 
-def test_a_lost_pod_changes_nothing_any_more(
-    ledger: PostgresLedger, running: tuple[uuid.UUID, uuid.UUID]
-) -> None:
+def test_a_lost_pod_changes_nothing_any_more(ledger: Callers, running: tuple[uuid.UUID, uuid.UUID]) -> None:
     """After the lease was given away, events, logs and the end of the stale holder are refused."""
     run, process = running
     ledger.call("lose_pod", for_worker="pod-1", why="silent")
@@ -161,7 +164,7 @@ def test_a_lost_pod_changes_nothing_any_more(
     assert (job(ledger)["status"], job(ledger)["attempt"]) == ("pending", 2)
 
 
-def test_an_expired_lease_gives_the_job_back(ledger: PostgresLedger) -> None:
+def test_an_expired_lease_gives_the_job_back(ledger: Callers) -> None:
     submit(ledger)
     run = flow_run_for(ledger, "probe-1")
     buy(ledger)
@@ -173,7 +176,7 @@ def test_an_expired_lease_gives_the_job_back(ledger: PostgresLedger) -> None:
     assert job(ledger)["status"] == "pending"
 
 
-def test_three_lost_pods_in_a_row_fail_the_job(ledger: PostgresLedger) -> None:
+def test_three_lost_pods_in_a_row_fail_the_job(ledger: Callers) -> None:
     submit(ledger)
     for attempt in (1, 2, 3):
         run = flow_run_for(ledger, "probe-1", attempt)
@@ -186,7 +189,7 @@ def test_three_lost_pods_in_a_row_fail_the_job(ledger: PostgresLedger) -> None:
 
 
 def test_a_restarted_agent_gives_its_run_back_at_once(
-    ledger: PostgresLedger, running: tuple[uuid.UUID, uuid.UUID]
+    ledger: Callers, running: tuple[uuid.UUID, uuid.UUID]
 ) -> None:
     """A new process of the same pod registers: what the old one held is lost, the pod is usable."""
     boot(ledger)
@@ -194,7 +197,7 @@ def test_a_restarted_agent_gives_its_run_back_at_once(
     assert ledger.call("list_workers")[0]["status"] == "active"
 
 
-def test_users_failures_and_lost_pods_have_separate_budgets(ledger: PostgresLedger) -> None:
+def test_users_failures_and_lost_pods_have_separate_budgets(ledger: Callers) -> None:
     submit(ledger, a_job(retries=1))
     buy(ledger)
     process = boot(ledger)
@@ -210,7 +213,7 @@ def test_users_failures_and_lost_pods_have_separate_budgets(ledger: PostgresLedg
 
 
 def test_outputs_are_the_newest_non_null_values_of_the_run(
-    ledger: PostgresLedger, running: tuple[uuid.UUID, uuid.UUID]
+    ledger: Callers, running: tuple[uuid.UUID, uuid.UUID]
 ) -> None:
     run, process = running
     batch = [{"at": 1, "data": data} for data in ({"loss": 3, "lr": 1}, {"loss": 2, "lr": None}, {"loss": 1})]
@@ -219,7 +222,7 @@ def test_outputs_are_the_newest_non_null_values_of_the_run(
     assert job(ledger)["outputs"] == {"loss": 1, "lr": 1}
 
 
-def test_cancel_of_a_waiting_job_is_immediate_and_its_run_never_opens(ledger: PostgresLedger) -> None:
+def test_cancel_of_a_waiting_job_is_immediate_and_its_run_never_opens(ledger: Callers) -> None:
     submit(ledger)
     run = flow_run_for(ledger, "probe-1")
     buy(ledger)
@@ -229,7 +232,7 @@ def test_cancel_of_a_waiting_job_is_immediate_and_its_run_never_opens(ledger: Po
 
 
 def test_cancel_of_a_running_job_reaches_its_pod(
-    ledger: PostgresLedger, running: tuple[uuid.UUID, uuid.UUID]
+    ledger: Callers, running: tuple[uuid.UUID, uuid.UUID]
 ) -> None:
     run, process = running
     assert ledger.call("cancel_job", job_id="probe-1")[0]["outcome"] == "canceling"
@@ -239,7 +242,7 @@ def test_cancel_of_a_running_job_reaches_its_pod(
 
 
 def test_a_canceled_job_that_loses_its_pod_is_canceled(
-    ledger: PostgresLedger, running: tuple[uuid.UUID, uuid.UUID]
+    ledger: Callers, running: tuple[uuid.UUID, uuid.UUID]
 ) -> None:
     ledger.call("cancel_job", job_id="probe-1")
     ledger.call("lose_pod", for_worker="pod-1", why="gone")
@@ -248,7 +251,7 @@ def test_a_canceled_job_that_loses_its_pod_is_canceled(
 
 @pytest.mark.parametrize(("status", "outcome"), [("completed", "refused"), ("failed", "reset")])
 def test_restart_is_for_failed_and_canceled_jobs(
-    ledger: PostgresLedger, running: tuple[uuid.UUID, uuid.UUID], status: str, outcome: str
+    ledger: Callers, running: tuple[uuid.UUID, uuid.UUID], status: str, outcome: str
 ) -> None:
     run, process = running
     assert ledger.call("restart_job", job_id="probe-1")[0]["outcome"] == "refused"
@@ -257,7 +260,7 @@ def test_restart_is_for_failed_and_canceled_jobs(
 
 
 def test_an_end_that_is_reported_twice_is_one_end(
-    ledger: PostgresLedger, running: tuple[uuid.UUID, uuid.UUID]
+    ledger: Callers, running: tuple[uuid.UUID, uuid.UUID]
 ) -> None:
     """The answer to the first report may have been lost on the way."""
     run, process = running
@@ -267,7 +270,7 @@ def test_an_end_that_is_reported_twice_is_one_end(
     assert job(ledger)["status"] == "completed"
 
 
-def test_only_jobs_of_ours_are_restarted(ledger: PostgresLedger) -> None:
+def test_only_jobs_of_ours_are_restarted(ledger: Callers) -> None:
     """A flow of a user's own and a script are started again by who started them."""
     submit(ledger, a_job("flow-1", type="flow", entrypoint=None))
     ledger.call("cancel_job", job_id="flow-1")
@@ -275,7 +278,7 @@ def test_only_jobs_of_ours_are_restarted(ledger: PostgresLedger) -> None:
 
 
 def test_submitting_a_failed_job_again_resets_it(
-    ledger: PostgresLedger, running: tuple[uuid.UUID, uuid.UUID]
+    ledger: Callers, running: tuple[uuid.UUID, uuid.UUID]
 ) -> None:
     run, process = running
     finish(ledger, run, process, "failed", "no luck")
@@ -288,13 +291,13 @@ def test_submitting_a_failed_job_again_resets_it(
     }
 
 
-def stored_file(ledger: PostgresLedger, name: str) -> str:
+def stored_file(ledger: Callers, name: str) -> str:
     row = {"id": f"mount:file-{name}", "purpose": "mount", "filename": "f", "bytes": 1, "sha256": "0" * 64}
     return str(ledger.call("register_file", file=row)[0]["id"])
 
 
 @pytest.mark.parametrize("end", ["failed", "canceled"])
-def test_a_job_whose_files_were_deleted_is_not_run_again(ledger: PostgresLedger, end: str) -> None:
+def test_a_job_whose_files_were_deleted_is_not_run_again(ledger: Callers, end: str) -> None:
     """A second submit and a restart name the missing file and change nothing; with the file they reset."""
     kept, gone = stored_file(ledger, "aaaaaaaaaaaa"), stored_file(ledger, "bbbbbbbbbbbb")
     wanted = a_job(files=[kept, gone])
@@ -317,14 +320,14 @@ def test_a_job_whose_files_were_deleted_is_not_run_again(ledger: PostgresLedger,
 
 
 def test_deleted_files_do_not_bring_a_completed_job_back(
-    ledger: PostgresLedger, running: tuple[uuid.UUID, uuid.UUID]
+    ledger: Callers, running: tuple[uuid.UUID, uuid.UUID]
 ) -> None:
     """It is answered with its result: nothing has to be read for that."""
     finish(ledger, *running, "completed")
     assert submit(ledger, a_job(files=["mount:file-cccccccccccc"]))["outcome"] == "completed"
 
 
-def test_a_pod_without_a_hint_finds_waiting_work_by_itself(ledger: PostgresLedger) -> None:
+def test_a_pod_without_a_hint_finds_waiting_work_by_itself(ledger: Callers) -> None:
     """A lost hint costs one heartbeat, never a run."""
     submit(ledger)
     run = flow_run_for(ledger, "probe-1")
@@ -342,7 +345,7 @@ def test_a_pod_without_a_hint_finds_waiting_work_by_itself(ledger: PostgresLedge
         {"docker_image": "other"},
     ],
 )
-def test_a_pod_never_opens_what_does_not_fit(ledger: PostgresLedger, needs: dict[str, Any]) -> None:
+def test_a_pod_never_opens_what_does_not_fit(ledger: Callers, needs: dict[str, Any]) -> None:
     submit(ledger, a_job(**needs))
     run = flow_run_for(ledger, "probe-1")
     buy(ledger)
@@ -353,7 +356,7 @@ def test_a_pod_never_opens_what_does_not_fit(ledger: PostgresLedger, needs: dict
 
 def test_the_pod_limit_holds_under_concurrency(ledger_url: str) -> None:
     ledger = PostgresLedger(
-        ledger_url, organization_id="00000000-0000-0000-0000-000000000001", connections=12
+        ledger_url, identity=LocalIdentity(LOCAL_ORGANIZATION_ID, "ow_worker"), connections=12
     )
     with ThreadPoolExecutor(12) as pool:
         answers = list(pool.map(lambda number: buy(ledger, f"pod-{number}", limit=3), range(12)))
@@ -361,7 +364,7 @@ def test_the_pod_limit_holds_under_concurrency(ledger_url: str) -> None:
     ledger.close()
 
 
-def test_a_pod_with_a_fresh_hint_may_not_end(ledger: PostgresLedger) -> None:
+def test_a_pod_with_a_fresh_hint_may_not_end(ledger: Callers) -> None:
     submit(ledger)
     run = flow_run_for(ledger, "probe-1")
     buy(ledger)
@@ -372,7 +375,7 @@ def test_a_pod_with_a_fresh_hint_may_not_end(ledger: PostgresLedger) -> None:
     )
 
 
-def test_a_pod_is_lost_and_ended_once(ledger: PostgresLedger) -> None:
+def test_a_pod_is_lost_and_ended_once(ledger: Callers) -> None:
     """Repeating either, or asking for an unknown pod, changes nothing and says so."""
     buy(ledger)
     boot(ledger)
@@ -390,7 +393,7 @@ def test_a_pod_is_lost_and_ended_once(ledger: PostgresLedger) -> None:
     assert [outcome("request_shutdown"), outcome("request_shutdown", "pod-x")] == ["not_found", "not_found"]
 
 
-def test_a_pod_that_is_to_end_takes_no_run(ledger: PostgresLedger) -> None:
+def test_a_pod_that_is_to_end_takes_no_run(ledger: Callers) -> None:
     """It finishes what it has; the next heartbeat tells it, and nothing is opened on it any more."""
     submit(ledger)
     run = flow_run_for(ledger, "probe-1")
@@ -402,15 +405,16 @@ def test_a_pod_that_is_to_end_takes_no_run(ledger: PostgresLedger) -> None:
     assert open_run(ledger, run, process)["outcome"] == "refused"
 
 
-def test_a_wrong_token_registers_nothing(ledger: PostgresLedger) -> None:
+def test_a_pod_is_nobody_but_itself(ledger: Callers) -> None:
     buy(ledger)
-    answer = ledger.call(
-        "register_pod", for_worker="pod-1", token="guess", as_boot=uuid.uuid4(), lease_seconds=9, models=[]
+    buy(ledger, "pod-2")
+    answer = ledger.pod("pod-2").call(
+        "register_pod", for_worker="pod-1", as_boot=uuid.uuid4(), lease_seconds=9, models=[]
     )
     assert answer == [{"outcome": "refused"}]
 
 
-def test_a_flow_run_of_somebody_else_is_adopted_once(ledger: PostgresLedger) -> None:
+def test_a_flow_run_of_somebody_else_is_adopted_once(ledger: Callers) -> None:
     """The first one becomes the attempt, a second one follows it, and after the end both are answered."""
     first, second = uuid.uuid4(), uuid.uuid4()
     created = datetime.now(UTC).isoformat()
@@ -428,7 +432,7 @@ def test_a_flow_run_of_somebody_else_is_adopted_once(ledger: PostgresLedger) -> 
     assert adopt(second) == "completed"
 
 
-def test_a_follower_shares_the_failure_but_a_later_flow_run_tries_again(ledger: PostgresLedger) -> None:
+def test_a_follower_shares_the_failure_but_a_later_flow_run_tries_again(ledger: Callers) -> None:
     submit(ledger)
     run = flow_run_for(ledger, "probe-1")
     buy(ledger)
@@ -443,9 +447,11 @@ def test_a_follower_shares_the_failure_but_a_later_flow_run_tries_again(ledger: 
         assert answer[0]["outcome"] == outcome
 
 
-def test_one_organization_sees_nothing_of_another(ledger: PostgresLedger, ledger_url: str) -> None:
+def test_one_organization_sees_nothing_of_another(ledger: Callers, ledger_url: str) -> None:
     submit(ledger)
-    stranger = PostgresLedger(ledger_url, organization_id=str(uuid.uuid4()))
+    theirs = str(uuid.uuid4())
+    create_organization(ledger_url, theirs)
+    stranger = Callers(ledger_url, theirs)
     assert stranger.call("list_jobs") == []
     assert stranger.call("cancel_job", job_id="probe-1") == [{"outcome": "not_found"}]
     assert job(ledger)["status"] == "pending"
@@ -460,12 +466,12 @@ def test_without_a_role_nothing_is_allowed(ledger_url: str) -> None:
 
 def test_every_table_has_forced_row_level_security(postgres: EmbeddedPostgres, ledger_url: str) -> None:
     url = ledger_url.replace("authenticator@", "postgres@")
-    query = ("select relname from pg_class where relnamespace = 'public'::regnamespace and relkind = 'r' "
+    query = ("select relname from pg_class where relnamespace = 'ledger'::regnamespace and relkind = 'r' "
              "and not (relrowsecurity and relforcerowsecurity)")  # fmt: skip
     with psycopg.connect(url) as connection:
         assert connection.execute(query).fetchall() == []
 
 
-def test_bad_arguments_are_a_clear_error(ledger: PostgresLedger) -> None:
+def test_bad_arguments_are_a_clear_error(ledger: Callers) -> None:
     with pytest.raises(InvalidRequestError, match="get_run"):
         ledger.call("get_run", run_id="not-a-uuid")

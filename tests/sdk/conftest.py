@@ -12,12 +12,13 @@ import pytest
 
 from openweights_prefect.client import OpenWeights
 from openweights_prefect.files.store import LocalFileStore
-from openweights_prefect.ledger.postgres import PostgresLedger
+from openweights_prefect.ledger.connect import connect
 from openweights_prefect.ledger.protocol import Ledger, Row
 from openweights_prefect.resources.job import Job
 from openweights_prefect.resources.session import Session
 from openweights_prefect.settings import Settings
 from openweights_prefect.types.canonical import encode_event
+from tests.callers import Callers, bootstrap_hash
 
 
 class RecordingLedger:
@@ -26,6 +27,10 @@ class RecordingLedger:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self.calls: list[str] = []
+
+    @property
+    def organization_id(self) -> str:
+        return self._ledger.organization_id
 
     def call(self, function: str, **arguments: Any) -> list[Row]:
         self.calls.append(function)
@@ -42,7 +47,7 @@ class RecordingLedger:
 class Pod:
     """The pod's side: what an agent tells the ledger."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Callers) -> None:
         self.ledger = ledger
         self.boot = ""
         self.run_id = ""
@@ -66,10 +71,10 @@ class Pod:
         }
         attempt = self.ledger.call("get_job", job_id=job.id)[0]["attempt"]
         self.ledger.call("record_flow_run", for_job=job.id, for_attempt=attempt, flow_run=self.run_id)
-        self.ledger.call("intend_pod", pod=fitting, token="token", ttl_seconds=3600, max_pods=50)
         self.ledger.call(
-            "register_pod", for_worker=worker, token="token", as_boot=self.boot, lease_seconds=600, models=[]
+            "intend_pod", pod=fitting, bootstrap_hash=bootstrap_hash(worker), ttl_seconds=3600, max_pods=50
         )
+        self.ledger.call("register_pod", for_worker=worker, as_boot=self.boot, lease_seconds=600, models=[])
         [answer] = self.ledger.call("open_run", for_run=self.run_id, for_worker=worker, as_boot=self.boot)
         assert answer["outcome"] == "opened", answer
         return self.run_id
@@ -126,9 +131,7 @@ def ow(settings: Settings) -> Iterator[OpenWeights]:
 
 @pytest.fixture
 def ledger(settings: Settings) -> Iterator[RecordingLedger]:
-    recording = RecordingLedger(
-        PostgresLedger(settings.database_url, organization_id=settings.organization_id)
-    )
+    recording = RecordingLedger(connect(settings))
     yield recording
     recording.close()
 
@@ -140,7 +143,7 @@ def session(settings: Settings, ledger: RecordingLedger) -> Session:
 
 @pytest.fixture
 def pod(settings: Settings) -> Iterator[Pod]:
-    ledger = PostgresLedger(settings.database_url, organization_id=settings.organization_id)
+    ledger = Callers(settings.database_url, settings.organization_id)
     yield Pod(ledger)
     ledger.close()
 

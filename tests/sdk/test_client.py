@@ -44,7 +44,7 @@ def test_bad_credentials_are_named(arguments: dict[str, Any]) -> None:
 
 def test_unknown_attributes_name_near_ones() -> None:
     """A typo is an `AttributeError` with a hint."""
-    with OpenWeights("ow_0123456789", settings=NOWHERE) as ow:
+    with OpenWeights(settings=NOWHERE) as ow:
         with pytest.raises(AttributeError, match="'fine_tuning'"):
             _ = ow.fine_tunin
         assert not hasattr(ow, "quantum")

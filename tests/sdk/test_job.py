@@ -27,7 +27,7 @@ from openweights_prefect.errors import (
 )
 from openweights_prefect.files.store import LocalFileStore
 from openweights_prefect.ledger.embedded import EmbeddedPostgres
-from openweights_prefect.ledger.postgres import PostgresLedger
+from openweights_prefect.ledger.postgres import local_ledger
 from openweights_prefect.ledger.protocol import Row
 from openweights_prefect.resources.job import Job
 from openweights_prefect.resources.jobs import StoredJobs
@@ -210,14 +210,13 @@ def test_a_wait_goes_on_when_the_database_is_back(
     postgres: EmbeddedPostgres, settings: Settings, job: Job, pod: Any
 ) -> None:
     """Connections are cut and refused for longer than the ledger bears; the wait ends as if nothing was."""
-    impatient = PostgresLedger(
-        settings.database_url, organization_id=settings.organization_id, patience_seconds=0.3
-    )
+    impatient = local_ledger(settings.database_url, settings.organization_id, patience_seconds=0.3)
     session = Session(impatient, LocalFileStore(settings.files_folder), settings.organization_id, settings)
     refused = threading.Event()
 
     class Watched:
         close = impatient.close
+        organization_id = impatient.organization_id
 
         def call(self, function: str, **arguments: Any) -> list[Row]:
             try:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from openweights_prefect.ledger.postgres import PostgresLedger
+from openweights_prefect.ledger.protocol import Ledger
 from openweights_prefect.types.canonical import decode_event
 
 BEGIN = "from openweights_prefect import OpenWeights\now = OpenWeights()\n"
@@ -34,12 +34,12 @@ def run_script(ledger_url: str, tmp_path: Any) -> Any:
     return run
 
 
-def only_job(ledger: PostgresLedger) -> dict[str, Any]:
+def only_job(ledger: Ledger) -> dict[str, Any]:
     [job] = ledger.call("list_jobs")
     return job
 
 
-def test_a_script_is_a_job_with_its_events(run_script: Any, ledger: PostgresLedger) -> None:
+def test_a_script_is_a_job_with_its_events(run_script: Any, ledger: Ledger) -> None:
     """Everything logged is stored, in order, also NaN and what was logged just before the end."""
     assert run_script("for n in range(700): ow.run.log({'n': n, 'loss': float('nan')})") == 0
     job = only_job(ledger)
@@ -58,35 +58,35 @@ def test_a_script_is_a_job_with_its_events(run_script: Any, ledger: PostgresLedg
     ],
 )
 def test_a_script_ends_with_its_true_status(
-    run_script: Any, ledger: PostgresLedger, body: str, status: str, error: str | None
+    run_script: Any, ledger: Ledger, body: str, status: str, error: str | None
 ) -> None:
     run_script(f"ow.run.log({{'a': 1}})\n{body}")
     job = only_job(ledger)
     assert (job["status"], job["error"]) == (status, error)
 
 
-def test_a_killed_script_fails_when_its_lease_runs_out(run_script: Any, ledger: PostgresLedger) -> None:
+def test_a_killed_script_fails_when_its_lease_runs_out(run_script: Any, ledger: Ledger, pod: Any) -> None:
     """What was sent before the end is kept."""
     body = "import os, signal\now.run.log({'a': 1})\now.run.flush()\nos.kill(os.getpid(), signal.SIGKILL)"
     assert run_script(body) == -9
     [run] = ledger.call("list_runs")
-    assert ledger.call("expire_scripts") == []
+    assert pod.ledger.call("expire_scripts") == []
     # The lease of a minute is cut short from here: nobody else renews it.
     boot = run["boot"]
     ledger.call("renew_script", for_run=run["id"], as_boot=boot, lease_seconds=0)
     deadline = time.monotonic() + 10
     while only_job(ledger)["status"] == "in_progress" and time.monotonic() < deadline:
-        ledger.call("expire_scripts")
+        pod.ledger.call("expire_scripts")
     assert only_job(ledger)["error"] == "the script ended without a word"
     assert len(ledger.call("list_events", for_job=run["job_id"])) == 1
 
 
-def test_a_script_that_never_logs_is_no_job(run_script: Any, ledger: PostgresLedger) -> None:
+def test_a_script_that_never_logs_is_no_job(run_script: Any, ledger: Ledger) -> None:
     assert run_script("ow.jobs.list()") == 0
     assert [job for job in ledger.call("list_jobs") if job["type"] == "script"] == []
 
 
-def test_uploads_are_tied_to_events(run_script: Any, ledger: PostgresLedger) -> None:
+def test_uploads_are_tied_to_events(run_script: Any, ledger: Ledger) -> None:
     body = (
         "import io, pathlib, tempfile\n"
         "path = pathlib.Path(tempfile.mkdtemp()) / 'a.txt'; path.write_text('hello')\n"

@@ -1,76 +1,151 @@
--- Tables, row-level security and grants of the ledger. PostgreSQL 15 features only.
--- Every state change is a function of the later migrations; roles other than the owner get no DDL.
+-- Roles and tables of the ledger. PostgreSQL 15 features only, no extension.
+-- Tables are in `ledger`, which no API exposes; `public` holds the functions that callers may use, `private` the rest.
 
-create schema if not exists private;
-revoke all on schema private from public;
-grant usage on schema private to authenticated, service_role;
-
--- The organizations that the caller may act for.
-create function private.my_orgs() returns setof uuid
-language sql stable
-set search_path = ''
-as $$
-    select (nullif(current_setting('request.jwt.claims', true), '')::jsonb ->> 'organization_id')::uuid
-$$;
-
--- The one organization that a write is for; raises when the caller names none.
-create function private.my_org() returns uuid
-language plpgsql stable
-set search_path = ''
-as $$
+-- Beside Supabase's own roles: the control plane, and a pod. Roles belong to the whole server, and another
+-- database's migrator may create them at the same moment.
+do $$
 declare
-    org uuid := (select o from private.my_orgs() as o limit 1);
+    role_name text;
 begin
-    if org is null then
-        raise exception 'the caller belongs to no organization' using errcode = '28000';
-    end if;
-    return org;
+    foreach role_name in array array['ow_worker', 'ow_pod'] loop
+        if to_regrole(role_name) is null then
+            begin
+                execute format('create role %I nologin noinherit', role_name);
+            exception
+                when duplicate_object or unique_violation then null;
+            end;
+        end if;
+        if not pg_has_role('authenticator', role_name, 'member') then
+            begin
+                execute format('grant %I to authenticator', role_name);
+            exception
+                when unique_violation then null;
+            end;
+        end if;
+    end loop;
 end
 $$;
 
-create function private.touch() returns trigger
-language plpgsql
-set search_path = ''
-as $$
-begin
-    new.updated_at := now();
-    return new;
-end
-$$;
+create schema ledger;
+create schema private;
+revoke all on schema ledger, private from public;
+grant usage on schema ledger, private to authenticated, ow_worker, ow_pod, service_role;
+grant usage on schema public to authenticated, ow_worker, ow_pod, service_role;
 
-create table public.organizations (
+-- Some installations grant everything to the API roles by default: what follows begins from nothing.
+alter default privileges in schema public revoke execute on functions from public, anon, authenticated, service_role;
+alter default privileges revoke execute on functions from public;
+
+-- Tenancy -------------------------------------------------------------------------------------
+
+create table ledger.organizations (
     id uuid primary key,
     name text not null check (length(name) between 1 and 200),
     created_at timestamptz not null default now()
 );
 
+create table ledger.members (
+    organization_id uuid not null references ledger.organizations on delete cascade,
+    user_id uuid not null,
+    role text not null check (role in ('admin', 'user')),
+    email text check (length(email) <= 320),
+    created_at timestamptz not null default now(),
+    primary key (organization_id, user_id)
+);
+create index members_user on ledger.members (user_id);
+
+-- One-time codes; whoever brings one becomes a member.
+create table ledger.invitations (
+    id uuid primary key default gen_random_uuid(),
+    organization_id uuid not null references ledger.organizations on delete cascade,
+    code_hash text not null unique check (code_hash ~ '^[0-9a-f]{64}$'),
+    role text not null check (role in ('admin', 'user')),
+    email text check (length(email) <= 320),      -- for whom it is meant; a note
+    created_by uuid not null,
+    created_at timestamptz not null default now(),
+    expires_at timestamptz not null,
+    accepted_by uuid,
+    accepted_at timestamptz
+);
+create index invitations_organization on ledger.invitations (organization_id, created_at desc, id desc);
+
+-- Only the hash of a token is known here; the token itself never comes to the database.
+create table ledger.api_tokens (
+    id uuid primary key default gen_random_uuid(),
+    organization_id uuid not null references ledger.organizations on delete cascade,
+    name text not null check (length(name) between 1 and 100),
+    role text not null check (role in ('user', 'admin', 'worker')),
+    prefix text not null check (length(prefix) <= 12),
+    token_hash text not null unique check (token_hash ~ '^[0-9a-f]{64}$'),
+    created_by uuid not null,
+    minted_by uuid references ledger.api_tokens on delete cascade,
+    spend_limit_usd numeric check (spend_limit_usd >= 0),
+    created_at timestamptz not null default now(),
+    expires_at timestamptz,
+    last_used_at timestamptz,
+    revoked_at timestamptz
+);
+create index api_tokens_organization on ledger.api_tokens (organization_id, created_at desc, id desc);
+create index api_tokens_minted_by on ledger.api_tokens (minted_by) where minted_by is not null;
+
+-- Either sealed by the client's key file, or an id of Supabase Vault: never plain text.
+create table ledger.organization_secrets (
+    organization_id uuid not null references ledger.organizations on delete cascade,
+    name text not null check (name ~ '^[A-Za-z_][A-Za-z0-9_]{0,99}$'),
+    sealed text check (sealed like 'sealed:v1:%'),
+    vault_id uuid,
+    created_at timestamptz not null default now(),
+    updated_at timestamptz not null default now(),
+    updated_by jsonb not null,
+    primary key (organization_id, name),
+    check (num_nonnulls(sealed, vault_id) = 1)
+);
+
+create table ledger.audit_log (
+    id bigint generated always as identity primary key,
+    organization_id uuid not null references ledger.organizations on delete cascade,
+    created_at timestamptz not null default now(),
+    actor jsonb not null,                         -- {user_id, token_id, worker_id}
+    action text not null,
+    subject text not null,
+    detail jsonb not null default '{}'
+);
+create index audit_log_organization on ledger.audit_log (organization_id, id desc);
+
+-- Files ---------------------------------------------------------------------------------------
+
 -- Bytes are in the file store; a row exists only for a file that is complete there.
-create table public.files (
-    id text primary key check (length(id) <= 200),
-    organization_id uuid not null references public.organizations,
-    purpose text not null,
-    filename text not null,
+create table ledger.files (
+    organization_id uuid not null references ledger.organizations,
+    id text not null check (length(id) <= 200),
+    purpose text not null check (length(purpose) <= 100),
+    filename text not null check (length(filename) <= 1000),
     bytes bigint not null check (bytes >= 0),
     sha256 text not null check (sha256 ~ '^[0-9a-f]{64}$'),
-    created_at timestamptz not null default now()
+    created_at timestamptz not null default now(),
+    primary key (organization_id, id)
 );
-create index files_organization_created on public.files (organization_id, created_at desc, id desc);
+create index files_organization_created on ledger.files (organization_id, created_at desc, id desc);
+create index files_organization_purpose on ledger.files (organization_id, purpose, created_at desc, id desc);
+
+-- Pods, jobs, runs ----------------------------------------------------------------------------
 
 -- A pod and its lease. `boot` names the process that holds the lease: a new process, a new boot.
-create table public.worker (
-    id text primary key check (length(id) <= 60),
-    organization_id uuid not null references public.organizations,
+create table ledger.worker (
+    organization_id uuid not null references ledger.organizations,
+    id text not null check (length(id) <= 60),
     status text not null default 'starting'
         check (status in ('starting', 'active', 'busy', 'draining', 'lost', 'terminated')),
-    pod_id text,
-    docker_image text not null,
-    hardware text not null,
-    gpu_type text not null,
+    pod_id text check (length(pod_id) <= 200),
+    docker_image text not null check (length(docker_image) <= 500),
+    hardware text not null check (length(hardware) <= 200),
+    gpu_type text not null check (length(gpu_type) <= 200),
     gpu_count int not null check (gpu_count >= 0),
     vram_gb int not null check (vram_gb >= 0),
-    cloud text not null,
+    cloud text not null check (length(cloud) <= 100),
     price_per_hour numeric not null check (price_per_hour >= 0),
-    token_hash text not null,
+    bootstrap_hash text not null unique check (bootstrap_hash ~ '^[0-9a-f]{64}$'),
+    session_hash text unique check (session_hash ~ '^[0-9a-f]{64}$'),  -- set once, by who brings the bootstrap token
     boot uuid,
     lease_expires_at timestamptz,
     heartbeat_at timestamptz,
@@ -83,24 +158,26 @@ create table public.worker (
     active_at timestamptz,
     idle_since timestamptz,
     deadline_at timestamptz not null,
-    terminated_at timestamptz
+    terminated_at timestamptz,
+    primary key (organization_id, id)
 );
-create index worker_alive on public.worker (organization_id, created_at)
+create index worker_alive on ledger.worker (organization_id, created_at)
     where status <> 'terminated';
-create index worker_organization_created on public.worker (organization_id, created_at desc, id desc);
+create index worker_organization_created on ledger.worker (organization_id, created_at desc, id desc);
 
-create table public.jobs (
-    id text primary key check (length(id) <= 200),
-    organization_id uuid not null references public.organizations,
-    type text not null,
+create table ledger.jobs (
+    organization_id uuid not null references ledger.organizations,
+    id text not null check (length(id) <= 200),
+    type text not null check (length(type) <= 100),
     status text not null default 'pending'
         check (status in ('pending', 'in_progress', 'completed', 'failed', 'canceled')),
-    model text,
+    model text check (length(model) <= 500),
     params jsonb not null default '{}',
     mounts jsonb not null default '{}',           -- target path -> file id
     files text[] not null default '{}',           -- every file that the job reads
+    secrets text[] not null default '{}',         -- names of the secrets that it gets
     entrypoint text,                              -- null: a flow of the user's that is not one of our job types
-    docker_image text not null,
+    docker_image text not null check (length(docker_image) <= 500),
     requires_vram_gb int not null default 0 check (requires_vram_gb >= 0),
     allowed_hardware text[],
     max_price_per_hour numeric check (max_price_per_hour > 0),
@@ -115,46 +192,56 @@ create table public.jobs (
     attempt int not null default 1,               -- the attempt that is wanted or running
     failed_attempts int not null default 0,       -- the user's own failures since the last reset
     lost_attempts int not null default 0,         -- pods lost in a row since the last reset
+    created_by uuid,
+    token_id uuid references ledger.api_tokens on delete set null,
     created_at timestamptz not null default now(),
     updated_at timestamptz not null default now(),
     started_at timestamptz,
-    finished_at timestamptz
+    finished_at timestamptz,
+    primary key (organization_id, id)
 );
-create index jobs_organization_created on public.jobs (organization_id, created_at desc, id desc);
-create index jobs_open on public.jobs (organization_id, priority desc, created_at)
+create index jobs_organization_created on ledger.jobs (organization_id, created_at desc, id desc);
+create index jobs_open on ledger.jobs (organization_id, priority desc, created_at)
     where status in ('pending', 'in_progress');
+create index jobs_token on ledger.jobs (token_id) where token_id is not null;
 
 -- One attempt; its id is the id of its Prefect flow run.
-create table public.runs (
+create table ledger.runs (
     id uuid primary key,
-    organization_id uuid not null references public.organizations,
-    job_id text not null references public.jobs on delete cascade,
+    organization_id uuid not null,
+    job_id text not null,
     attempt int not null,
     status text not null default 'pending'
         check (status in ('pending', 'in_progress', 'completed', 'failed', 'canceled', 'lost')),
-    worker_id text references public.worker,
+    worker_id text,
     boot uuid,                                    -- the lease under which it runs
-    hinted_worker_id text references public.worker,
+    hinted_worker_id text,
     hinted_at timestamptz,
     next_sequence bigint not null default 0,      -- events stored so far
     log_bytes bigint not null default 0,          -- log stored so far
     log_file text,
     error text,
     mirrored boolean not null default false,      -- Prefect shows the final status
+    lease_expires_at timestamptz,                 -- lease of a script, which has no pod; null for every other run
     created_at timestamptz not null default now(),
     updated_at timestamptz not null default now(),
     started_at timestamptz,
     finished_at timestamptz,
-    unique (job_id, attempt)
+    unique (organization_id, job_id, attempt),
+    foreign key (organization_id, job_id) references ledger.jobs on delete cascade,
+    foreign key (organization_id, worker_id) references ledger.worker,
+    foreign key (organization_id, hinted_worker_id) references ledger.worker
 );
-create index runs_open on public.runs (organization_id, created_at) where status in ('pending', 'in_progress');
-create index runs_unmirrored on public.runs (organization_id) where not mirrored;
-create index runs_worker on public.runs (worker_id, created_at);
+create index runs_organization_created on ledger.runs (organization_id, created_at desc, id desc);
+create index runs_open on ledger.runs (organization_id, created_at) where status in ('pending', 'in_progress');
+create index runs_unmirrored on ledger.runs (organization_id) where not mirrored;
+create index runs_worker on ledger.runs (organization_id, worker_id, created_at);
+create index runs_script_leases on ledger.runs (lease_expires_at) where status = 'in_progress' and lease_expires_at is not null;
 
-create table public.events (
+create table ledger.events (
     id bigint generated always as identity primary key,
-    organization_id uuid not null references public.organizations,
-    run_id uuid not null references public.runs on delete cascade,
+    organization_id uuid not null,
+    run_id uuid not null references ledger.runs on delete cascade,
     sequence bigint not null,
     created_at timestamptz not null default now(),
     data jsonb not null,
@@ -163,9 +250,9 @@ create table public.events (
 );
 
 -- The log of a run, in pieces, by byte offsets of the log file on the pod.
-create table public.log_chunks (
-    organization_id uuid not null references public.organizations,
-    run_id uuid not null references public.runs on delete cascade,
+create table ledger.log_chunks (
+    organization_id uuid not null,
+    run_id uuid not null references ledger.runs on delete cascade,
     start_offset bigint not null,
     end_offset bigint not null check (end_offset > start_offset),
     content text not null,
@@ -173,46 +260,67 @@ create table public.log_chunks (
     primary key (run_id, start_offset)
 );
 
-create trigger touch before update on public.worker for each row execute function private.touch();
-create trigger touch before update on public.jobs for each row execute function private.touch();
-create trigger touch before update on public.runs for each row execute function private.touch();
+-- Files that a run stored, whoever had stored the same bytes before.
+create table ledger.run_files (
+    organization_id uuid not null,
+    run_id uuid not null references ledger.runs on delete cascade,
+    file_id text not null,
+    primary key (run_id, file_id),
+    foreign key (organization_id, file_id) references ledger.files on delete cascade
+);
 
--- Some installations grant everything to the API roles by default: begin from nothing.
-revoke all on all tables in schema public from public, anon, authenticated;
-revoke all on all functions in schema private from public, anon;
-alter default privileges in schema public revoke execute on functions from public;
+-- Money ---------------------------------------------------------------------------------------
 
-grant usage on schema public to anon, authenticated, service_role;
-grant execute on all functions in schema private to authenticated, service_role;
-grant select on public.organizations to authenticated;
-grant select, insert, delete on public.files to authenticated;
-grant select, insert, update on public.worker, public.jobs, public.runs to authenticated;
-grant select, insert on public.events to authenticated;
-grant select, insert, delete on public.log_chunks to authenticated;
-grant all on all tables in schema public to service_role;
+create table ledger.budgets (
+    organization_id uuid primary key references ledger.organizations on delete cascade,
+    limit_usd numeric not null check (limit_usd >= 0),
+    updated_at timestamptz not null default now()
+);
 
-do $$
-declare
-    tab text;
-    org text;
+-- What a live pod may still cost at most; given back when it has ended.
+create table ledger.reservations (
+    organization_id uuid not null,
+    worker_id text not null,
+    usd numeric not null check (usd >= 0),
+    created_at timestamptz not null default now(),
+    primary key (organization_id, worker_id),
+    foreign key (organization_id, worker_id) references ledger.worker on delete cascade
+);
+
+-- What each second of a pod was for.
+create table ledger.pod_intervals (
+    id bigint generated always as identity primary key,
+    organization_id uuid not null,
+    worker_id text not null,
+    kind text not null check (kind in ('boot', 'idle', 'run', 'teardown')),
+    run_id uuid,
+    price_per_hour numeric not null,
+    started_at timestamptz not null,
+    ended_at timestamptz,
+    foreign key (organization_id, worker_id) references ledger.worker on delete cascade
+);
+create index pod_intervals_worker on ledger.pod_intervals (organization_id, worker_id, started_at);
+create index pod_intervals_run on ledger.pod_intervals (run_id) where run_id is not null;
+
+-- Failed exchanges by who tried, to slow down guessing.
+create table private.refused_exchanges (
+    source text not null,
+    minute timestamptz not null,
+    refusals int not null default 1,
+    primary key (source, minute)
+);
+grant select, insert, update, delete on private.refused_exchanges to service_role;
+
+create function private.touch() returns trigger
+language plpgsql
+set search_path = ''
+as $$
 begin
-    foreach tab in array array['organizations', 'files', 'worker', 'jobs', 'runs', 'events', 'log_chunks'] loop
-        org := case tab when 'organizations' then 'id' else 'organization_id' end;
-        execute format('alter table public.%I enable row level security', tab);
-        execute format('alter table public.%I force row level security', tab);
-        execute format(
-            'create policy read_own on public.%I for select to authenticated
-             using (%I = any (array(select private.my_orgs())))', tab, org);
-        execute format(
-            'create policy insert_own on public.%I for insert to authenticated
-             with check (%I = any (array(select private.my_orgs())))', tab, org);
-        execute format(
-            'create policy update_own on public.%I for update to authenticated
-             using (%I = any (array(select private.my_orgs())))
-             with check (%I = any (array(select private.my_orgs())))', tab, org, org);
-        execute format(
-            'create policy delete_own on public.%I for delete to authenticated
-             using (%I = any (array(select private.my_orgs())))', tab, org);
-    end loop;
+    new.updated_at := now();
+    return new;
 end
 $$;
+
+create trigger touch before update on ledger.worker for each row execute function private.touch();
+create trigger touch before update on ledger.jobs for each row execute function private.touch();
+create trigger touch before update on ledger.runs for each row execute function private.touch();

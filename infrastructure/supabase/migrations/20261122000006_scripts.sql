@@ -1,19 +1,15 @@
 -- Scripts that log with `ow.run` outside a job: a job of type `script` with one run and a lease of its own.
 
-alter table public.runs add column lease_expires_at timestamptz;
-comment on column public.runs.lease_expires_at is 'Lease of a script, which has no pod; null for every other run.';
-create index runs_script_leases on public.runs (lease_expires_at) where status = 'in_progress' and lease_expires_at is not null;
-
 create function public.open_script(for_job text, for_run uuid, as_boot uuid, command text, lease_seconds int)
 returns setof jsonb
 language plpgsql
 set search_path = ''
 as $$
 begin
-    insert into public.jobs (id, organization_id, type, status, entrypoint, docker_image, started_at)
-    values (for_job, private.my_org(), 'script', 'in_progress', command, '', now())
-    on conflict (id) do nothing;
-    insert into public.runs (id, organization_id, job_id, attempt, status, boot, started_at, lease_expires_at, mirrored)
+    insert into ledger.jobs (id, organization_id, type, status, entrypoint, docker_image, started_at, created_by, token_id)
+    values (for_job, private.my_org(), 'script', 'in_progress', command, '', now(), private.my_user(), private.my_token())
+    on conflict (organization_id, id) do nothing;
+    insert into ledger.runs (id, organization_id, job_id, attempt, status, boot, started_at, lease_expires_at, mirrored)
     values (for_run, private.my_org(), for_job, 1, 'in_progress', as_boot, now(),
             now() + make_interval(secs => lease_seconds), true)
     on conflict (id) do nothing;
@@ -26,7 +22,7 @@ language plpgsql
 set search_path = ''
 as $$
 begin
-    update public.runs r set lease_expires_at = now() + make_interval(secs => lease_seconds)
+    update ledger.runs r set lease_expires_at = now() + make_interval(secs => lease_seconds)
     where r.id = for_run and r.boot = as_boot and r.status = 'in_progress';
     return query select jsonb_build_object('fenced', not found);
 end
@@ -40,13 +36,13 @@ as $$
 declare
     silent record;
 begin
-    for silent in select r.id, r.job_id from public.runs r
+    for silent in select r.id, r.job_id from ledger.runs r
                   where r.status = 'in_progress' and r.lease_expires_at < now() loop
-        perform 1 from public.jobs j where j.id = silent.job_id for update;
-        update public.runs r set status = 'failed', error = 'the script ended without a word', finished_at = now()
+        perform 1 from ledger.jobs j where j.id = silent.job_id for update;
+        update ledger.runs r set status = 'failed', error = 'the script ended without a word', finished_at = now()
         where r.id = silent.id and r.status = 'in_progress' and r.lease_expires_at < now();
         if found then
-            update public.jobs j
+            update ledger.jobs j
             set status = case when j.cancel_requested then 'canceled' else 'failed' end,
                 error = 'the script ended without a word', finished_at = now()
             where j.id = silent.job_id and j.status = 'in_progress';
@@ -56,6 +52,3 @@ begin
     end loop;
 end
 $$;
-
-revoke execute on all functions in schema public from public, anon;
-grant execute on all functions in schema public, private to authenticated, service_role;

@@ -8,18 +8,18 @@ language plpgsql
 set search_path = ''
 as $$
 declare
-    held public.jobs;
+    held ledger.jobs;
     ending text;
 begin
-    select j.* into held from public.jobs j join public.runs r on r.job_id = j.id where r.id = for_run for update of j;
-    update public.runs r set status = 'lost', error = why, finished_at = now()
+    select j.* into held from ledger.jobs j join ledger.runs r on r.job_id = j.id where r.id = for_run for update of j;
+    update ledger.runs r set status = 'lost', error = why, finished_at = now()
     where r.id = for_run and r.status = 'in_progress';
     if not found or held.status <> 'in_progress' then
         return;
     end if;
     ending := case when held.cancel_requested then 'canceled'
                    when held.entrypoint is null or held.lost_attempts + 1 >= 3 then 'failed' end;
-    update public.jobs j
+    update ledger.jobs j
     set lost_attempts = j.lost_attempts + 1,
         status = coalesce(ending, 'pending'),
         attempt = j.attempt + (ending is null)::int,
@@ -34,23 +34,23 @@ end
 $$;
 
 -- Takes the lease of a pod for the process `as_boot`. What an earlier process of the pod held is lost.
-create function public.register_pod(for_worker text, token text, as_boot uuid, lease_seconds int, models text[])
+create function public.register_pod(for_worker text, as_boot uuid, lease_seconds int, models text[])
 returns setof jsonb
 language plpgsql
 set search_path = ''
 as $$
 declare
-    held public.worker;
+    held ledger.worker;
 begin
-    select * into held from public.worker w where w.id = for_worker;
-    if not found or held.token_hash <> encode(sha256(convert_to(token, 'UTF8')), 'hex') then
+    select * into held from ledger.worker w where w.id = for_worker;
+    if not found then
         return query select jsonb_build_object('outcome', 'refused');
         return;
     end if;
     if held.run_id is not null and held.boot is distinct from as_boot then
         perform private.lose_run(held.run_id, 'the agent of pod ' || for_worker || ' restarted');
     end if;
-    update public.worker w
+    update ledger.worker w
     set status = 'active', boot = as_boot, run_id = null, heartbeat_at = now(), active_at = coalesce(w.active_at, now()),
         idle_since = now(), cached_models = models, lease_expires_at = now() + make_interval(secs => lease_seconds)
     where w.id = for_worker and w.status in ('starting', 'active', 'busy');
@@ -61,12 +61,12 @@ begin
     perform private.wake_workers();
     return query select jsonb_build_object('outcome', 'registered', 'deadline_at', extract(epoch from w.deadline_at),
                                            'gpu_count', w.gpu_count)
-                 from public.worker w where w.id = for_worker;
+                 from ledger.worker w where w.id = for_worker;
 end
 $$;
 
 -- True when the pod may run the job.
-create function private.fits(job public.jobs, pod public.worker) returns boolean
+create function private.fits(job ledger.jobs, pod ledger.worker) returns boolean
 language sql stable
 set search_path = ''
 as $$
@@ -83,11 +83,11 @@ language plpgsql
 set search_path = ''
 as $$
 declare
-    pod public.worker;
+    pod ledger.worker;
     cancel boolean;
     next_run uuid;
 begin
-    update public.worker w
+    update ledger.worker w
     set heartbeat_at = now(), lease_expires_at = now() + make_interval(secs => lease_seconds), cached_models = models
     where w.id = for_worker and w.boot = as_boot and w.status in ('active', 'busy', 'draining')
     returning * into pod;
@@ -96,10 +96,10 @@ begin
         return;
     end if;
     if pod.run_id is not null then
-        select j.cancel_requested into cancel from public.jobs j join public.runs r on r.job_id = j.id where r.id = pod.run_id;
+        select j.cancel_requested into cancel from ledger.jobs j join ledger.runs r on r.job_id = j.id where r.id = pod.run_id;
     elsif pod.status = 'active' and not pod.shutdown_requested then
         select r.id into next_run
-        from public.runs r join public.jobs j on j.id = r.job_id
+        from ledger.runs r join ledger.jobs j on j.id = r.job_id
         where r.status = 'pending' and j.status = 'pending' and private.fits(j, pod)
           and (r.hinted_worker_id is null or r.hinted_worker_id = pod.id or r.hinted_at < now() - interval '10 seconds')
         order by (r.hinted_worker_id is not distinct from pod.id) desc, j.priority desc, r.created_at
@@ -117,14 +117,14 @@ language plpgsql
 set search_path = ''
 as $$
 declare
-    held_job public.jobs;
-    held_run public.runs;
-    pod public.worker;
+    held_job ledger.jobs;
+    held_run ledger.runs;
+    pod ledger.worker;
     refusal text;
 begin
-    select j.* into held_job from public.jobs j join public.runs r on r.job_id = j.id where r.id = for_run for update of j;
-    select * into held_run from public.runs r where r.id = for_run for update;
-    select * into pod from public.worker w where w.id = for_worker for update;
+    select j.* into held_job from ledger.jobs j join ledger.runs r on r.job_id = j.id where r.id = for_run for update of j;
+    select * into held_run from ledger.runs r where r.id = for_run for update;
+    select * into pod from ledger.worker w where w.id = for_worker for update;
     refusal := case
         when held_run.id is null then 'unknown run'
         when held_run.status = 'in_progress' and held_run.boot = as_boot then null
@@ -139,14 +139,15 @@ begin
         return query select jsonb_build_object('outcome', 'refused', 'reason', refusal);
         return;
     end if;
-    update public.runs r set status = 'in_progress', worker_id = for_worker, boot = as_boot, started_at = coalesce(r.started_at, now())
+    -- In this order: a pod may write a job only while it holds its run.
+    update ledger.runs r set status = 'in_progress', worker_id = for_worker, boot = as_boot, started_at = coalesce(r.started_at, now())
     where r.id = for_run;
-    update public.jobs j set status = 'in_progress', started_at = coalesce(j.started_at, now()), pending_reason = null
+    update ledger.jobs j set status = 'in_progress', started_at = coalesce(j.started_at, now()), pending_reason = null
     where j.id = held_job.id;
-    update public.worker w set status = 'busy', run_id = for_run, idle_since = null where w.id = for_worker;
+    update ledger.worker w set status = 'busy', run_id = for_run, idle_since = null where w.id = for_worker;
     perform private.notify('ow_job', held_job.id);
     return query select jsonb_build_object('outcome', 'opened', 'job', to_jsonb(j), 'attempt', held_run.attempt, 'gpu_count', pod.gpu_count)
-    from public.jobs j where j.id = held_job.id;
+    from ledger.jobs j where j.id = held_job.id;
 end
 $$;
 
@@ -156,9 +157,9 @@ language plpgsql
 set search_path = ''
 as $$
 declare
-    held public.runs;
+    held ledger.runs;
 begin
-    select * into held from public.runs r
+    select * into held from ledger.runs r
     where r.id = for_run and r.boot = as_boot and r.status = 'in_progress' for update;
     if not found then
         return query select jsonb_build_object('outcome', 'stale');
@@ -168,17 +169,17 @@ begin
         return query select jsonb_build_object('outcome', 'gap', 'next_sequence', held.next_sequence);
         return;
     end if;
-    insert into public.events (organization_id, run_id, sequence, created_at, data, file)
+    insert into ledger.events (organization_id, run_id, sequence, created_at, data, file)
     select held.organization_id, held.id, first_sequence + e.number - 1,
            coalesce(to_timestamp((e.item ->> 'at')::double precision), now()), e.item -> 'data', e.item ->> 'file'
     from jsonb_array_elements(batch) with ordinality as e (item, number)
     where first_sequence + e.number - 1 >= held.next_sequence
     order by e.number;
-    update public.runs r
+    update ledger.runs r
     set next_sequence = greatest(held.next_sequence, first_sequence + jsonb_array_length(batch))
     where r.id = held.id;
     return query select jsonb_build_object('outcome', 'stored', 'next_sequence', r.next_sequence)
-                 from public.runs r where r.id = held.id;
+                 from ledger.runs r where r.id = held.id;
 end
 $$;
 
@@ -188,20 +189,20 @@ language plpgsql
 set search_path = ''
 as $$
 declare
-    held public.runs;
+    held ledger.runs;
 begin
-    select * into held from public.runs r
+    select * into held from ledger.runs r
     where r.id = for_run and r.boot = as_boot and r.status = 'in_progress' for update;
     if not found then
         return query select jsonb_build_object('outcome', 'stale');
         return;
     end if;
     if from_offset = held.log_bytes then
-        insert into public.log_chunks (organization_id, run_id, start_offset, end_offset, content)
+        insert into ledger.log_chunks (organization_id, run_id, start_offset, end_offset, content)
         values (held.organization_id, held.id, from_offset, to_offset, piece);
-        update public.runs r set log_bytes = to_offset where r.id = held.id;
+        update ledger.runs r set log_bytes = to_offset where r.id = held.id;
     end if;
-    return query select jsonb_build_object('outcome', 'stored', 'log_bytes', r.log_bytes) from public.runs r where r.id = held.id;
+    return query select jsonb_build_object('outcome', 'stored', 'log_bytes', r.log_bytes) from ledger.runs r where r.id = held.id;
 end
 $$;
 
@@ -214,12 +215,13 @@ language plpgsql
 set search_path = ''
 as $$
 declare
-    held_job public.jobs;
-    held_run public.runs;
+    held_job ledger.jobs;
+    held_run ledger.runs;
     again boolean;
+    outputs_found jsonb;
 begin
-    select j.* into held_job from public.jobs j join public.runs r on r.job_id = j.id where r.id = for_run for update of j;
-    select * into held_run from public.runs r where r.id = for_run and r.boot = as_boot for update;
+    select j.* into held_job from ledger.jobs j join ledger.runs r on r.job_id = j.id where r.id = for_run for update of j;
+    select * into held_run from ledger.runs r where r.id = for_run and r.boot = as_boot for update;
     if held_run.id is null or held_run.status not in ('in_progress', result) then
         return query select jsonb_build_object('outcome', 'stale', 'status', held_run.status);
         return;
@@ -227,32 +229,34 @@ begin
         return query select jsonb_build_object('outcome', 'finished', 'job', to_jsonb(held_job));
         return;
     end if;
-    update public.runs r set log_file = log_file_id where r.id = for_run;
+    if result = 'completed' then  -- read while the run is still held: a pod sees its events no longer
+        outputs_found := coalesce(result_outputs, (select o from public.latest_events(null, null, for_run) as o));
+    end if;
+    update ledger.runs r set log_file = log_file_id where r.id = for_run;
     if result = 'lost' then
         perform private.lose_run(for_run, why);
     else
         again := result = 'failed' and not held_job.cancel_requested and held_job.failed_attempts < held_job.retries;
-        update public.runs r set status = result, error = why, finished_at = now() where r.id = for_run;
-        update public.jobs j
+        update ledger.runs r set status = result, error = why, finished_at = now() where r.id = for_run;
+        update ledger.jobs j
         set status = case when again then 'pending' else result end,
             attempt = j.attempt + again::int,
             failed_attempts = j.failed_attempts + (result = 'failed')::int,
             lost_attempts = 0,
             error = case when again then null else why end,
-            outputs = case when result = 'completed' then 
-                      coalesce(result_outputs, (select o from public.latest_events(null, null, for_run) as o)) end,
+            outputs = outputs_found,
             started_at = case when again then null else j.started_at end,
             finished_at = case when again then null else now() end
         where j.id = held_job.id and j.status = 'in_progress';
     end if;
-    update public.worker w
+    update ledger.worker w
     set status = case when w.status = 'busy' then 'active' else w.status end, run_id = null, idle_since = now(),
         cached_models = case when held_job.model is null or held_job.model = any (w.cached_models) then w.cached_models
                              else w.cached_models || held_job.model end
     where w.id = held_run.worker_id and w.run_id = for_run;
     perform private.notify('ow_job', held_job.id);
     perform private.wake_workers();
-    return query select jsonb_build_object('outcome', 'finished', 'job', to_jsonb(j)) from public.jobs j where j.id = held_job.id;
+    return query select jsonb_build_object('outcome', 'finished', 'job', to_jsonb(j)) from ledger.jobs j where j.id = held_job.id;
 end
 $$;
 
@@ -262,9 +266,9 @@ language plpgsql
 set search_path = ''
 as $$
 begin
-    update public.worker w set status = 'draining', reason = why
+    update ledger.worker w set status = 'draining', reason = why
     where w.id = for_worker and w.boot = as_boot and w.run_id is null and w.status in ('active', 'draining')
-      and (forced or not exists (select 1 from public.runs r where r.status = 'pending' and r.hinted_worker_id = w.id
+      and (forced or not exists (select 1 from ledger.runs r where r.status = 'pending' and r.hinted_worker_id = w.id
                                  and r.hinted_at > now() - interval '10 seconds'));
     if found then
         perform private.wake_workers();

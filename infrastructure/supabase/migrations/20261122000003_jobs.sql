@@ -1,5 +1,6 @@
 -- What the SDK calls: files, jobs, runs, events, logs. Every function answers with JSON rows.
 
+-- Notifications carry ids alone: anybody who is connected may listen.
 create function private.notify(channel text, payload text) returns void
 language sql
 set search_path = ''
@@ -13,32 +14,49 @@ as $$ select pg_notify('ow_control', private.my_org()::text) $$;
 
 -- Files ---------------------------------------------------------------------------------------
 
+-- A pod may read what it stored, also where somebody had stored the same bytes before: it knows their full hash.
+create function private.link_run_file(for_run uuid, for_file text, with_sha256 text) returns void
+language sql security definer
+set search_path = ''
+as $$
+    insert into ledger.run_files (organization_id, run_id, file_id)
+    select f.organization_id, p.run_id, f.id
+    from ledger.files f, private.pod_run() as p
+    where f.organization_id = private.my_org() and f.id = for_file and f.sha256 = with_sha256 and p.run_id = for_run
+    on conflict do nothing
+$$;
+
 create function public.register_file(file jsonb) returns setof jsonb
 language plpgsql
 set search_path = ''
 as $$
+declare
+    org uuid := private.my_org();
+    held_run uuid := (select p.run_id from private.pod_run() as p);
 begin
-    insert into public.files (id, organization_id, purpose, filename, bytes, sha256)
-    values (file ->> 'id', private.my_org(), file ->> 'purpose', file ->> 'filename',
-            (file ->> 'bytes')::bigint, file ->> 'sha256')
-    on conflict (id) do nothing;
-    return query select to_jsonb(f) from public.files f where f.id = file ->> 'id';
+    insert into ledger.files (id, organization_id, purpose, filename, bytes, sha256)
+    values (file ->> 'id', org, file ->> 'purpose', file ->> 'filename', (file ->> 'bytes')::bigint, file ->> 'sha256')
+    on conflict (organization_id, id) do nothing;
+    if held_run is not null then
+        perform private.link_run_file(held_run, file ->> 'id', file ->> 'sha256');
+    end if;
+    return query select to_jsonb(f) from ledger.files f where f.id = file ->> 'id';
 end
 $$;
 
 create function public.get_files(ids text[]) returns setof jsonb
 language sql stable
 set search_path = ''
-as $$ select to_jsonb(f) from public.files f where f.id = any (ids) $$;
+as $$ select to_jsonb(f) from ledger.files f where f.id = any (ids) $$;
 
 create function public.list_files(for_purpose text default null, max_rows int default 100, after_id text default null)
 returns setof jsonb
 language sql stable
 set search_path = ''
 as $$
-    select to_jsonb(f) from public.files f
+    select to_jsonb(f) from ledger.files f
     where (for_purpose is null or f.purpose = for_purpose)
-      and (after_id is null or (f.created_at, f.id) < (select a.created_at, a.id from public.files a where a.id = after_id))
+      and (after_id is null or (f.created_at, f.id) < (select a.created_at, a.id from ledger.files a where a.id = after_id))
     order by f.created_at desc, f.id desc
     limit max_rows
 $$;
@@ -49,15 +67,20 @@ language plpgsql
 set search_path = ''
 as $$
 declare
-    used_by text := (select j.id from public.jobs j
+    used_by text := (select j.id from ledger.jobs j
                      where j.status in ('pending', 'in_progress') and file_id = any (j.files) limit 1);
 begin
     if used_by is not null then
         return query select jsonb_build_object('outcome', 'in_use', 'job_id', used_by);
         return;
     end if;
-    delete from public.files f where f.id = file_id;
-    return query select jsonb_build_object('outcome', case when found then 'deleted' else 'not_found' end);
+    delete from ledger.files f where f.id = file_id;
+    if not found then
+        return query select jsonb_build_object('outcome', 'not_found');
+        return;
+    end if;
+    perform private.audit('delete_file', file_id);
+    return query select jsonb_build_object('outcome', 'deleted');
 end
 $$;
 
@@ -68,7 +91,7 @@ create function private.reset_job(for_job text) returns void
 language sql
 set search_path = ''
 as $$
-    update public.jobs
+    update ledger.jobs
     set status = 'pending', attempt = attempt + 1, outputs = null, error = null, pending_reason = null,
         cancel_requested = false, failed_attempts = 0, lost_attempts = 0, started_at = null, finished_at = null
     where id = for_job
@@ -80,7 +103,7 @@ language sql stable
 set search_path = ''
 as $$
     select array_agg(f) from unnest(wanted) f
-    where not exists (select 1 from public.files known where known.id = f)
+    where not exists (select 1 from ledger.files known where known.id = f)
 $$;
 
 -- One transaction says new, joined, completed, reset, or which files are missing (then nothing is changed).
@@ -89,30 +112,40 @@ language plpgsql
 set search_path = ''
 as $$
 declare
-    wanted public.jobs := jsonb_populate_record(null::public.jobs, job);
+    wanted ledger.jobs := jsonb_populate_record(null::ledger.jobs, job);
     missing text[];
-    held public.jobs;
+    held ledger.jobs;
     answer text;
 begin
-    select * into held from public.jobs j where j.id = wanted.id for update;
+    if octet_length(job::text) > 1000000 then
+        raise exception 'the job takes % bytes as JSON; 1000000 are allowed, and larger things belong into files',
+            octet_length(job::text) using errcode = '22023';
+    end if;
+    select * into held from ledger.jobs j where j.id = wanted.id for update;
     if not found or held.status in ('failed', 'canceled') then
         missing := private.missing_files(coalesce(held.files, wanted.files));
         if missing is not null then
             return query select jsonb_build_object('outcome', 'missing_files', 'missing', to_jsonb(missing));
             return;
         end if;
+        if private.is_spent(private.my_token()) then
+            return query select jsonb_build_object('outcome', 'limit');
+            return;
+        end if;
     end if;
     if held.id is null then
-        insert into public.jobs (id, organization_id, type, model, params, mounts, files, entrypoint, docker_image,
-            requires_vram_gb, allowed_hardware, max_price_per_hour, priority, timeout_seconds, retries, env)
+        insert into ledger.jobs (id, organization_id, type, model, params, mounts, files, secrets, entrypoint, docker_image,
+            requires_vram_gb, allowed_hardware, max_price_per_hour, priority, timeout_seconds, retries, env,
+            created_by, token_id)
         values (wanted.id, private.my_org(), wanted.type, wanted.model, coalesce(wanted.params, '{}'),
-            coalesce(wanted.mounts, '{}'), coalesce(wanted.files, '{}'), wanted.entrypoint, wanted.docker_image,
+            coalesce(wanted.mounts, '{}'), coalesce(wanted.files, '{}'), coalesce(wanted.secrets, '{}'), wanted.entrypoint,
+            wanted.docker_image,
             coalesce(wanted.requires_vram_gb, 0), wanted.allowed_hardware, wanted.max_price_per_hour,
             coalesce(wanted.priority, 0), wanted.timeout_seconds, coalesce(wanted.retries, 0),
-            coalesce(wanted.env, '{}'))
-        on conflict (id) do nothing;
+            coalesce(wanted.env, '{}'), private.my_user(), private.my_token())
+        on conflict (organization_id, id) do nothing;
         answer := case when found then 'new' end;
-        select * into held from public.jobs j where j.id = wanted.id for update;
+        select * into held from ledger.jobs j where j.id = wanted.id for update;
     end if;
     if answer is null then
         answer := case held.status when 'completed' then 'completed'
@@ -126,14 +159,14 @@ begin
     if answer in ('new', 'reset') then
         perform private.wake_workers();
     end if;
-    return query select jsonb_build_object('outcome', answer, 'job', to_jsonb(j)) from public.jobs j where j.id = wanted.id;
+    return query select jsonb_build_object('outcome', answer, 'job', to_jsonb(j)) from ledger.jobs j where j.id = wanted.id;
 end
 $$;
 
 create function public.get_job(job_id text) returns setof jsonb
 language sql stable
 set search_path = ''
-as $$ select to_jsonb(j) from public.jobs j where j.id = job_id $$;
+as $$ select to_jsonb(j) from ledger.jobs j where j.id = job_id $$;
 
 create function public.list_jobs(
     with_status text default null, with_type text default null, max_rows int default 10, after_id text default null
@@ -141,10 +174,10 @@ create function public.list_jobs(
 language sql stable
 set search_path = ''
 as $$
-    select to_jsonb(j) from public.jobs j
+    select to_jsonb(j) from ledger.jobs j
     where (with_status is null or j.status = with_status)
       and (with_type is null or j.type = with_type)
-      and (after_id is null or (j.created_at, j.id) < (select a.created_at, a.id from public.jobs a where a.id = after_id))
+      and (after_id is null or (j.created_at, j.id) < (select a.created_at, a.id from ledger.jobs a where a.id = after_id))
     order by j.created_at desc, j.id desc
     limit max_rows
 $$;
@@ -154,13 +187,13 @@ create function public.find_jobs(wanted jsonb, max_rows int default 100, after_i
 language sql stable
 set search_path = ''
 as $$
-    select to_jsonb(j) from public.jobs j
+    select to_jsonb(j) from ledger.jobs j
     where not exists (
         select 1 from jsonb_each(wanted) as w
         where not exists (
             select 1 from jsonb_path_query(j.params, format('$.**.%s', to_json(w.key))::jsonpath) as held
             where held = w.value or (jsonb_typeof(w.value) = 'object' and held @> w.value)))
-      and (after_id is null or (j.created_at, j.id) < (select a.created_at, a.id from public.jobs a where a.id = after_id))
+      and (after_id is null or (j.created_at, j.id) < (select a.created_at, a.id from ledger.jobs a where a.id = after_id))
     order by j.created_at desc, j.id desc
     limit max_rows
 $$;
@@ -171,30 +204,30 @@ language plpgsql
 set search_path = ''
 as $$
 declare
-    held public.jobs;
+    held ledger.jobs;
     answer text;
 begin
-    select * into held from public.jobs j where j.id = job_id for update;
+    select * into held from ledger.jobs j where j.id = job_id for update;
     if not found then
         return query select jsonb_build_object('outcome', 'not_found');
         return;
     end if;
     if held.status = 'pending' then
-        update public.jobs j set status = 'canceled', finished_at = now(), pending_reason = null where j.id = held.id;
-        update public.runs r set status = 'canceled', finished_at = now()
+        update ledger.jobs j set status = 'canceled', finished_at = now(), pending_reason = null where j.id = held.id;
+        update ledger.runs r set status = 'canceled', finished_at = now()
         where r.job_id = held.id and r.status = 'pending';
         perform private.notify('ow_job', held.id);
         answer := 'canceled';
     elsif held.status = 'in_progress' then
-        update public.jobs j set cancel_requested = true where j.id = held.id;
-        perform private.notify('ow_pod', r.worker_id) from public.runs r
+        update ledger.jobs j set cancel_requested = true where j.id = held.id;
+        perform private.notify('ow_pod', r.worker_id) from ledger.runs r
         where r.job_id = held.id and r.status = 'in_progress';
         answer := 'canceling';
     else
         answer := 'refused';
     end if;
     perform private.wake_workers();
-    return query select jsonb_build_object('outcome', answer, 'job', to_jsonb(j)) from public.jobs j where j.id = held.id;
+    return query select jsonb_build_object('outcome', answer, 'job', to_jsonb(j)) from ledger.jobs j where j.id = held.id;
 end
 $$;
 
@@ -204,11 +237,11 @@ language plpgsql
 set search_path = ''
 as $$
 declare
-    held public.jobs;
+    held ledger.jobs;
     missing text[];
     answer text := 'refused';
 begin
-    select * into held from public.jobs j where j.id = job_id for update;
+    select * into held from ledger.jobs j where j.id = job_id for update;
     if not found then
         return query select jsonb_build_object('outcome', 'not_found');
         return;
@@ -227,7 +260,7 @@ begin
     elsif held.status = 'pending' then
         answer := 'reset';
     end if;
-    return query select jsonb_build_object('outcome', answer, 'job', to_jsonb(j)) from public.jobs j where j.id = held.id;
+    return query select jsonb_build_object('outcome', answer, 'job', to_jsonb(j)) from ledger.jobs j where j.id = held.id;
 end
 $$;
 
@@ -236,23 +269,25 @@ $$;
 create function public.get_run(run_id uuid) returns setof jsonb
 language sql stable
 set search_path = ''
-as $$ select to_jsonb(r) from public.runs r where r.id = run_id $$;
+as $$ select to_jsonb(r) from ledger.runs r where r.id = run_id $$;
 
--- The newest `max_rows`, oldest of them first.
+-- The newest `max_rows` of those older than `after_id`, oldest of them first.
 create function public.list_runs(
-    for_job text default null, for_worker text default null, with_status text default null, max_rows int default 100
+    for_job text default null, for_worker text default null, with_status text default null, max_rows int default 100,
+    after_id uuid default null
 ) returns setof jsonb
 language sql stable
 set search_path = ''
 as $$
     select to_jsonb(newest) from (
-        select r.* from public.runs r
+        select r.* from ledger.runs r
         where (for_job is null or r.job_id = for_job)
           and (for_worker is null or r.worker_id = for_worker)
           and (with_status is null or r.status = with_status)
-        order by r.created_at desc, r.attempt desc
+          and (after_id is null or (r.created_at, r.id) < (select a.created_at, a.id from ledger.runs a where a.id = after_id))
+        order by r.created_at desc, r.id desc
         limit max_rows) as newest
-    order by newest.created_at, newest.attempt
+    order by newest.created_at, newest.id
 $$;
 
 create function public.list_events(
@@ -261,8 +296,8 @@ create function public.list_events(
 language sql stable
 set search_path = ''
 as $$
-    select to_jsonb(e) - 'organization_id' from public.events e
-    where e.run_id in (select r.id from public.runs r
+    select to_jsonb(e) - 'organization_id' from ledger.events e
+    where e.run_id in (select r.id from ledger.runs r
                        where (for_run is null or r.id = for_run) and (for_job is null or r.job_id = for_job))
       and e.id > after_id
     order by e.id
@@ -277,8 +312,8 @@ set search_path = ''
 as $$
     select coalesce(jsonb_object_agg(newest.key, newest.value), '{}') from (
         select distinct on (d.key) d.key, d.value
-        from public.events e, jsonb_each(e.data) as d
-        where e.run_id in (select r.id from public.runs r
+        from ledger.events e, jsonb_each(e.data) as d
+        where e.run_id in (select r.id from ledger.runs r
                            where (for_run is null or r.id = for_run) and (for_job is null or r.job_id = for_job))
           and d.value <> 'null'::jsonb and (fields is null or d.key = any (fields))
         order by d.key, e.id desc) as newest
@@ -290,7 +325,7 @@ language sql stable
 set search_path = ''
 as $$
     select jsonb_build_object('start_offset', c.start_offset, 'end_offset', c.end_offset, 'content', c.content)
-    from public.log_chunks c
+    from ledger.log_chunks c
     where c.run_id = for_run and c.end_offset > after_offset
     order by c.start_offset
     limit max_rows
@@ -301,9 +336,9 @@ returns setof jsonb
 language sql stable
 set search_path = ''
 as $$
-    select to_jsonb(w) - 'token_hash' - 'boot' from public.worker w
+    select to_jsonb(w) - 'bootstrap_hash' - 'session_hash' - 'boot' from ledger.worker w
     where (with_status is null or w.status = any (with_status))
-      and (after_id is null or (w.created_at, w.id) < (select a.created_at, a.id from public.worker a where a.id = after_id))
+      and (after_id is null or (w.created_at, w.id) < (select a.created_at, a.id from ledger.worker a where a.id = after_id))
     order by w.created_at desc, w.id desc
     limit max_rows
 $$;

@@ -10,19 +10,19 @@ as $$
                j.docker_image, j.requires_vram_gb,
                j.allowed_hardware, j.max_price_per_hour, j.priority, j.created_at, j.pending_reason,
                r.hinted_worker_id, extract(epoch from now() - r.hinted_at) as hinted_seconds_ago
-        from public.jobs j left join public.runs r on r.job_id = j.id and r.attempt = j.attempt
+        from ledger.jobs j left join ledger.runs r on r.job_id = j.id and r.attempt = j.attempt
         where j.status = 'pending'
         order by j.priority desc, j.created_at
         limit max_waiting)
     select jsonb_build_object(
         'waiting', (select coalesce(jsonb_agg(to_jsonb(waiting) order by priority desc, created_at), '[]') from waiting),
-        'pods', (select coalesce(jsonb_agg(to_jsonb(w) - 'token_hash' || jsonb_build_object(
+        'pods', (select coalesce(jsonb_agg(to_jsonb(w) - 'bootstrap_hash' - 'session_hash' || jsonb_build_object(
                      'age_seconds', extract(epoch from now() - w.created_at),
                      'overdue_seconds', extract(epoch from now() - w.deadline_at)) order by w.created_at), '[]')
-                 from public.worker w where w.status <> 'terminated'),
+                 from ledger.worker w where w.status <> 'terminated'),
         'unmirrored', (select coalesce(jsonb_agg(jsonb_build_object('run_id', r.id, 'job_id', r.job_id, 'status', r.status,
                            'error', r.error) order by r.finished_at), '[]')
-                       from (select * from public.runs u where not u.mirrored
+                       from (select * from ledger.runs u where not u.mirrored
                                and (u.status in ('lost', 'canceled')
                                     or (u.status in ('completed', 'failed') and u.finished_at < now() - interval '10 seconds'))
                              order by u.finished_at limit 100) as r))
@@ -34,16 +34,16 @@ language plpgsql
 set search_path = ''
 as $$
 declare
-    held public.jobs;
+    held ledger.jobs;
 begin
-    select * into held from public.jobs j where j.id = for_job for update;
+    select * into held from ledger.jobs j where j.id = for_job for update;
     if held.status = 'pending' and held.attempt = for_attempt then
-        insert into public.runs (id, organization_id, job_id, attempt)
+        insert into ledger.runs (id, organization_id, job_id, attempt)
         values (flow_run, held.organization_id, for_job, for_attempt)
         on conflict do nothing;
     end if;
     return query select jsonb_build_object('outcome', case when exists (
-        select 1 from public.runs r where r.id = flow_run and r.job_id = for_job and r.attempt = for_attempt)
+        select 1 from ledger.runs r where r.id = flow_run and r.job_id = for_job and r.attempt = for_attempt)
         then 'recorded' else 'stale' end);
 end
 $$;
@@ -55,10 +55,10 @@ language plpgsql
 set search_path = ''
 as $$
 declare
-    held public.jobs;
+    held ledger.jobs;
     submitted jsonb;
 begin
-    select * into held from public.jobs j where j.id = job ->> 'id' for update;
+    select * into held from ledger.jobs j where j.id = job ->> 'id' for update;
     if held.status in ('failed', 'canceled') and held.finished_at > created then
         return query select jsonb_build_object('outcome', held.status, 'job', to_jsonb(held));
         return;
@@ -83,7 +83,7 @@ language plpgsql
 set search_path = ''
 as $$
 begin
-    update public.runs r set hinted_worker_id = h.value, hinted_at = now()
+    update ledger.runs r set hinted_worker_id = h.value, hinted_at = now()
     from jsonb_each_text(hints) as h
     where r.id = h.key::uuid and r.status = 'pending';
     perform private.notify('ow_pod', h.value) from jsonb_each_text(hints) as h;
@@ -96,7 +96,7 @@ language plpgsql
 set search_path = ''
 as $$
 begin
-    update public.jobs j set pending_reason = r.value
+    update ledger.jobs j set pending_reason = r.value
     from jsonb_each_text(reasons) as r
     where j.id = r.key and j.status = 'pending' and j.pending_reason is distinct from r.value;
     return query select jsonb_build_object('outcome', 'set');
@@ -104,27 +104,38 @@ end
 $$;
 
 -- The row that must exist before a pod is bought. Counted under a lock, so that the limit holds for all workers together.
-create function public.intend_pod(pod jsonb, token text, ttl_seconds double precision, max_pods int) returns setof jsonb
+-- `bootstrap_hash` is of the one-time token that the pod will find in its environment.
+create function public.intend_pod(pod jsonb, bootstrap_hash text, ttl_seconds double precision, max_pods int)
+returns setof jsonb
 language plpgsql
 set search_path = ''
 as $$
 declare
     org uuid := private.my_org();
-    wanted public.worker := jsonb_populate_record(null::public.worker, pod);
+    wanted ledger.worker := jsonb_populate_record(null::ledger.worker, pod);
+    most numeric;
 begin
     perform pg_advisory_xact_lock(hashtextextended('ow_pods:' || org::text, 0));
-    if (select count(*) from public.worker w where w.organization_id = org and w.status <> 'terminated') >= max_pods then
+    if (select count(*) from ledger.worker w where w.organization_id = org and w.status <> 'terminated') >= max_pods then
         return query select jsonb_build_object('outcome', 'limit');
         return;
     end if;
-    insert into public.worker (id, organization_id, docker_image, hardware, gpu_type, gpu_count, vram_gb, cloud,
-                               price_per_hour, token_hash, deadline_at)
+    most := wanted.price_per_hour * ttl_seconds / 3600;
+    if exists (select 1 from ledger.worker w where w.id = wanted.id) then
+        null;  -- asked again: the first answer was lost
+    elsif private.over_budget(most) then
+        return query select jsonb_build_object('outcome', 'budget');
+        return;
+    end if;
+    insert into ledger.worker (id, organization_id, docker_image, hardware, gpu_type, gpu_count, vram_gb, cloud,
+                               price_per_hour, bootstrap_hash, deadline_at)
     values (wanted.id, org, wanted.docker_image, wanted.hardware, wanted.gpu_type, wanted.gpu_count, wanted.vram_gb,
-            wanted.cloud, wanted.price_per_hour, encode(sha256(convert_to(token, 'UTF8')), 'hex'),
+            wanted.cloud, wanted.price_per_hour, intend_pod.bootstrap_hash,
             now() + make_interval(secs => ttl_seconds))
-    on conflict (id) do nothing;
+    on conflict (organization_id, id) do nothing;
+    insert into ledger.reservations (organization_id, worker_id, usd) values (org, wanted.id, most) on conflict do nothing;
     return query select jsonb_build_object('outcome', 'intended', 'deadline_at', extract(epoch from w.deadline_at))
-                 from public.worker w where w.id = wanted.id;
+                 from ledger.worker w where w.id = wanted.id;
 end
 $$;
 
@@ -134,7 +145,7 @@ language plpgsql
 set search_path = ''
 as $$
 begin
-    update public.worker w set pod_id = provider_id, price_per_hour = price
+    update ledger.worker w set pod_id = provider_id, price_per_hour = price
     where w.id = for_worker and w.status <> 'terminated' and (w.pod_id is null or w.pod_id = provider_id);
     return query select jsonb_build_object('outcome', case when found then 'recorded' else 'refused' end);
 end
@@ -146,12 +157,12 @@ language plpgsql
 set search_path = ''
 as $$
 declare
-    held_run uuid := (select w.run_id from public.worker w where w.id = for_worker);
+    held_run uuid := (select w.run_id from ledger.worker w where w.id = for_worker);
 begin
     if held_run is not null then
         perform private.lose_run(held_run, why);
     end if;
-    update public.worker w set status = 'lost', reason = why, boot = null, run_id = null
+    update ledger.worker w set status = 'lost', reason = why, boot = null, run_id = null
     where w.id = for_worker and w.status not in ('lost', 'terminated');
     if not found then
         return query select jsonb_build_object('outcome', 'refused');
@@ -170,7 +181,7 @@ as $$
 declare
     silent text;
 begin
-    for silent in select w.id from public.worker w
+    for silent in select w.id from ledger.worker w
                   where w.status in ('active', 'busy', 'draining') and w.lease_expires_at < now() loop
         return query select jsonb_build_object('worker_id', silent)
                      from public.lose_pod(silent, 'pod ' || silent || ' was silent for longer than its lease');
@@ -184,15 +195,20 @@ language plpgsql
 set search_path = ''
 as $$
 declare
-    held_run uuid := (select w.run_id from public.worker w where w.id = for_worker);
+    held_run uuid := (select w.run_id from ledger.worker w where w.id = for_worker);
 begin
     if held_run is not null then
         perform private.lose_run(held_run, coalesce(why, 'the pod ended'));
     end if;
-    update public.worker w
+    update ledger.worker w
     set status = 'terminated', terminated_at = now(), boot = null, run_id = null, reason = coalesce(w.reason, why)
     where w.id = for_worker and w.status <> 'terminated';
-    return query select jsonb_build_object('outcome', case when found then 'terminated' else 'refused' end);
+    if not found then
+        return query select jsonb_build_object('outcome', 'refused');
+        return;
+    end if;
+    delete from ledger.reservations r where r.worker_id = for_worker;
+    return query select jsonb_build_object('outcome', 'terminated');
 end
 $$;
 
@@ -202,13 +218,13 @@ language plpgsql
 set search_path = ''
 as $$
 declare
-    held public.jobs;
+    held ledger.jobs;
 begin
-    select j.* into held from public.jobs j join public.runs r on r.job_id = j.id where r.id = for_run for update of j;
-    update public.runs r set status = 'lost', error = why, finished_at = now(), mirrored = true
+    select j.* into held from ledger.jobs j join ledger.runs r on r.job_id = j.id where r.id = for_run for update of j;
+    update ledger.runs r set status = 'lost', error = why, finished_at = now(), mirrored = true
     where r.id = for_run and r.status = 'pending';
     if found and held.status = 'pending' then
-        update public.jobs j
+        update ledger.jobs j
         set status = case when j.entrypoint is null then 'canceled' else j.status end,
             finished_at = case when j.entrypoint is null then now() end,
             attempt = j.attempt + (j.entrypoint is not null)::int
@@ -226,7 +242,7 @@ language plpgsql
 set search_path = ''
 as $$
 begin
-    update public.worker w set shutdown_requested = true where w.id = for_worker and w.status <> 'terminated';
+    update ledger.worker w set shutdown_requested = true where w.id = for_worker and w.status <> 'terminated';
     if not found then
         return query select jsonb_build_object('outcome', 'not_found');
         return;
@@ -241,7 +257,7 @@ language plpgsql
 set search_path = ''
 as $$
 begin
-    update public.runs r set mirrored = true where r.id = any (run_ids);
+    update ledger.runs r set mirrored = true where r.id = any (run_ids);
     return query select jsonb_build_object('outcome', 'marked');
 end
 $$;
@@ -253,9 +269,5 @@ set search_path = ''
 as $$
     select jsonb_build_object('run_id', r.id, 'job_id', r.job_id, 'status', r.status, 'worker_id', r.worker_id,
                               'mirrored', r.mirrored)
-    from public.runs r where r.id = any (flow_runs)
+    from ledger.runs r where r.id = any (flow_runs)
 $$;
-
--- Nobody but the API roles calls anything.
-revoke execute on all functions in schema public from public, anon;
-grant execute on all functions in schema public, private to authenticated, service_role;
