@@ -36,7 +36,7 @@ declare
 begin
     insert into ledger.files (id, organization_id, purpose, filename, bytes, sha256)
     values (file ->> 'id', org, file ->> 'purpose', file ->> 'filename', (file ->> 'bytes')::bigint, file ->> 'sha256')
-    on conflict (organization_id, id) do nothing;
+    on conflict do nothing;  -- names no columns: a pod does not see the row before it is linked to its run
     if held_run is not null then
         perform private.link_run_file(held_run, file ->> 'id', file ->> 'sha256');
     end if;
