@@ -105,9 +105,9 @@ def test_an_attempt_that_died_between_its_result_and_its_end(stack: Stack, ow: O
     job = ow.steady.create(tag=stack.tag("result"), events=40, seconds=1)
     first = job.wait(timeout=60, progress=False).runs[-1].id
     outputs = job.outputs
-    stack.sql("update runs set status = 'lost', mirrored = false where id = %s", first)
+    stack.sql("update ledger.runs set status = 'lost', mirrored = false where id = %s", first)
     stack.sql(
-        "update jobs set status = 'pending', attempt = 2, outputs = null, finished_at = null where id = %s",
+        "update ledger.jobs set status = 'pending', attempt = 2, outputs = null, finished_at = null where id = %s",
         job.id,
     )
     job.refresh().wait(timeout=60, progress=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from uuid import UUID
 
 import psutil
 import pytest
@@ -41,7 +40,7 @@ def test_a_pod_past_its_deadline_gives_its_run_back_and_ends(stack: Stack, ow: O
     """The job goes on elsewhere; nothing is lost but time."""
     job = stack.running(ow.steady.create(tag=stack.tag("deadline")))
     pod = stack.pod_of(job)["id"]
-    stack.sql("update public.worker set deadline_at = now() where id = %s", pod)
+    stack.sql("update ledger.worker set deadline_at = now() where id = %s", pod)
     eventually(lambda: job.refresh().status == "completed", 90, "another pod completes it")
     assert [run.status for run in job.runs] == ["lost", "completed"]
     eventually(lambda: _ended(stack, pod), 60, "the pod has ended")
@@ -60,4 +59,4 @@ def test_a_line_is_seen_within_two_seconds_while_the_job_runs(stack: Stack, ow: 
     assert time.time() - printed_at < 2
     assert job.refresh().status == "in_progress"
     assert list(lines) == ["end"]
-    assert stack.call("known_runs", flow_runs=[UUID(job.runs[0].id)])[0]["job_id"] == job.id
+    assert stack.call("get_run", run_id=job.runs[0].id)[0]["job_id"] == job.id

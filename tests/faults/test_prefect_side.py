@@ -227,7 +227,7 @@ def test_retry_of_a_failed_flow_run_is_a_new_attempt_of_its_job(stack: Stack, ow
     with pytest.raises(JobFailed):
         job.wait(timeout=60, progress=False)
     first = job.runs[0].id
-    eventually(lambda: stack.call("known_runs", flow_runs=[UUID(first)])[0]["mirrored"], 30, "it is mirrored")
+    eventually(lambda: stack.call("get_run", run_id=first)[0]["mirrored"], 30, "it is mirrored")
     with stack.prefect() as client:
         client.set_flow_run_state(UUID(first), AwaitingRetry(), force=True)
     eventually(lambda: job.refresh().status == "completed", _POLL_SECONDS + 30, "the job completes")
@@ -241,7 +241,7 @@ def test_retry_of_a_completed_flow_run_is_answered_from_its_job(stack: Stack, ow
     """Nothing runs again."""
     job = ow.command.create(tag=stack.tag("retry-done"), command="true").wait(timeout=60, progress=False)
     run = job.runs[0].id
-    eventually(lambda: stack.call("known_runs", flow_runs=[UUID(run)])[0]["mirrored"], 30, "it is mirrored")
+    eventually(lambda: stack.call("get_run", run_id=run)[0]["mirrored"], 30, "it is mirrored")
     with stack.prefect() as client:
         client.set_flow_run_state(UUID(run), AwaitingRetry(), force=True)
     assert ended(stack, run).state_name == "Cached"
