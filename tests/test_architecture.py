@@ -34,12 +34,16 @@ NEIGHBOURS |= {("orchestration", "runtime")}
 
 # Who may touch which outside world.
 OWNERS = {
-    "prefect": {"orchestration", "worker", "collection", "pod", "cli", "stack"},
+    "prefect": {"orchestration", "worker", "collection", "pod", "cli", "stack", "credentials"},
     "psycopg": {"ledger", "stack"},
     "psycopg_pool": {"ledger"},
-    "httpx": {"provisioning", "orchestration", "worker", "stack", "cli", "simulator"},
-    "starlette": {"simulator"},
-    "uvicorn": {"simulator"},
+    "httpx": {"provisioning", "orchestration", "worker", "stack", "cli", "simulator", "ledger", "files"},
+    "supabase": {"ledger"},
+    "boto3": {"files"},
+    "jwt": {"ledger"},
+    "cryptography": {"ledger"},
+    "starlette": {"simulator", "ledger"},
+    "uvicorn": {"simulator", "ledger"},
     "torch": {"jobs"},
     "transformers": {"jobs"},
     "trl": {"jobs"},

@@ -234,6 +234,7 @@ create table ledger.runs (
 );
 create index runs_organization_created on ledger.runs (organization_id, created_at desc, id desc);
 create index runs_open on ledger.runs (organization_id, created_at) where status in ('pending', 'in_progress');
+create index runs_hinted on ledger.runs (organization_id, hinted_worker_id) where hinted_worker_id is not null;
 create index runs_unmirrored on ledger.runs (organization_id) where not mirrored;
 create index runs_worker on ledger.runs (organization_id, worker_id, created_at);
 create index runs_script_leases on ledger.runs (lease_expires_at) where status = 'in_progress' and lease_expires_at is not null;
@@ -268,6 +269,8 @@ create table ledger.run_files (
     primary key (run_id, file_id),
     foreign key (organization_id, file_id) references ledger.files on delete cascade
 );
+
+create index run_files_file on ledger.run_files (organization_id, file_id);
 
 -- Money ---------------------------------------------------------------------------------------
 
@@ -309,7 +312,7 @@ create table private.refused_exchanges (
     refusals int not null default 1,
     primary key (source, minute)
 );
-grant select, insert, update, delete on private.refused_exchanges to service_role;
+create index refused_exchanges_minute on private.refused_exchanges (minute);
 
 create function private.touch() returns trigger
 language plpgsql

@@ -18,8 +18,9 @@ set search_path = ''
 as $$ select nullif(private.claims() ->> 'token_id', '')::uuid $$;
 
 -- The organization that the caller speaks for, believed only as far as its claims hold at this moment: a token that
--- was revoked, a member that was removed or a pod that has ended is nobody from the next call on.
--- At most one row; `setof`, so that policies can write `= any (array(select ...))`, which is evaluated once a statement.
+-- was revoked or a member that was removed is refused from the next call on. A pod that has ended sees nothing, and
+-- learns so from the answer. One row at most; `setof`, so that policies can write `= any (array(select ...))`, which is
+-- evaluated once a statement.
 create function private.my_orgs() returns setof uuid
 language plpgsql stable security definer
 set search_path = ''
@@ -30,13 +31,13 @@ declare
     org uuid := (claims ->> 'organization_id')::uuid;
 begin
     if claims ->> 'aud' is distinct from 'authenticated' or to_timestamp((claims ->> 'exp')::double precision) <= now() then
-        return;
-    end if;
-    if db_role = 'ow_pod' then
+        org := null;
+    elsif db_role = 'ow_pod' then
         return query
             select w.organization_id from ledger.worker w
             where w.organization_id = org and w.id = claims ->> 'worker_id'
               and w.session_hash = claims ->> 'session' and w.status <> 'terminated';
+        return;
     elsif claims ? 'token_id' then
         return query
             select t.organization_id from ledger.api_tokens t
@@ -52,6 +53,10 @@ begin
             where m.user_id = (claims ->> 'sub')::uuid and m.organization_id = org
               and (db_role = 'authenticated' or (db_role = 'ow_worker' and m.role = 'admin'));
     end if;
+    if not found or org is null then
+        raise exception 'the caller speaks for no organization: its token is unknown, revoked or expired, or it is not a member'
+            using errcode = '28000';
+    end if;
 end
 $$;
 
@@ -61,13 +66,23 @@ language plpgsql stable
 set search_path = ''
 as $$
 declare
-    org uuid := (select o from private.my_orgs() as o limit 1);
+    org uuid := (select o from private.my_orgs() as o);
 begin
     if org is null then
-        raise exception 'the caller speaks for no organization: its token is unknown, revoked or expired, or it is not a member'
-            using errcode = '28000';
+        raise exception 'the pod has ended' using errcode = '28000';
     end if;
     return org;
+end
+$$;
+
+-- For functions whose filter may leave no row to check: a caller that speaks for nobody is told so, not shown emptiness.
+create function private.known_caller() returns boolean
+language plpgsql stable
+set search_path = ''
+as $$
+begin
+    perform private.my_orgs();
+    return true;
 end
 $$;
 

@@ -106,7 +106,17 @@ as $$
     where not exists (select 1 from ledger.files known where known.id = f)
 $$;
 
--- One transaction says new, joined, completed, reset, or which files are missing (then nothing is changed).
+-- Those of the wanted secrets that the caller's organization does not have; null when none is missing.
+create function private.missing_secrets(wanted text[]) returns text[]
+language sql stable security definer
+set search_path = ''
+as $$
+    select array_agg(w order by w) from unnest(wanted) w
+    where not exists (select 1 from ledger.organization_secrets s where s.organization_id = private.my_org() and s.name = w)
+$$;
+
+-- One transaction says new, joined, completed, reset, or which secrets or files are missing (then nothing is changed).
+-- A reset job gets the secrets that are named now, if any are: they are no part of what its id stands for.
 create function public.submit_job(job jsonb) returns setof jsonb
 language plpgsql
 set search_path = ''
@@ -123,6 +133,11 @@ begin
     end if;
     select * into held from ledger.jobs j where j.id = wanted.id for update;
     if not found or held.status in ('failed', 'canceled') then
+        missing := private.missing_secrets(coalesce(wanted.secrets, held.secrets));
+        if missing is not null then
+            return query select jsonb_build_object('outcome', 'missing_secrets', 'missing', to_jsonb(missing));
+            return;
+        end if;
         missing := private.missing_files(coalesce(held.files, wanted.files));
         if missing is not null then
             return query select jsonb_build_object('outcome', 'missing_files', 'missing', to_jsonb(missing));
@@ -154,6 +169,7 @@ begin
                                    else 'joined' end;
         if answer = 'reset' then
             perform private.reset_job(held.id);
+            update ledger.jobs j set secrets = coalesce(wanted.secrets, j.secrets) where j.id = held.id;
         end if;
     end if;
     if answer in ('new', 'reset') then
@@ -269,7 +285,7 @@ $$;
 create function public.get_run(run_id uuid) returns setof jsonb
 language sql stable
 set search_path = ''
-as $$ select to_jsonb(r) from ledger.runs r where r.id = run_id $$;
+as $$ select to_jsonb(r) from ledger.runs r where private.known_caller() and r.id = run_id $$;
 
 -- The newest `max_rows` of those older than `after_id`, oldest of them first.
 create function public.list_runs(
@@ -297,7 +313,7 @@ language sql stable
 set search_path = ''
 as $$
     select to_jsonb(e) - 'organization_id' from ledger.events e
-    where e.run_id in (select r.id from ledger.runs r
+    where private.known_caller() and e.run_id in (select r.id from ledger.runs r
                        where (for_run is null or r.id = for_run) and (for_job is null or r.job_id = for_job))
       and e.id > after_id
     order by e.id
@@ -313,7 +329,7 @@ as $$
     select coalesce(jsonb_object_agg(newest.key, newest.value), '{}') from (
         select distinct on (d.key) d.key, d.value
         from ledger.events e, jsonb_each(e.data) as d
-        where e.run_id in (select r.id from ledger.runs r
+        where private.known_caller() and e.run_id in (select r.id from ledger.runs r
                            where (for_run is null or r.id = for_run) and (for_job is null or r.job_id = for_job))
           and d.value <> 'null'::jsonb and (fields is null or d.key = any (fields))
         order by d.key, e.id desc) as newest
@@ -326,7 +342,7 @@ set search_path = ''
 as $$
     select jsonb_build_object('start_offset', c.start_offset, 'end_offset', c.end_offset, 'content', c.content)
     from ledger.log_chunks c
-    where c.run_id = for_run and c.end_offset > after_offset
+    where private.known_caller() and c.run_id = for_run and c.end_offset > after_offset
     order by c.start_offset
     limit max_rows
 $$;

@@ -181,6 +181,7 @@ as $$
 declare
     silent text;
 begin
+    perform private.my_org();
     for silent in select w.id from ledger.worker w
                   where w.status in ('active', 'busy', 'draining') and w.lease_expires_at < now() loop
         return query select jsonb_build_object('worker_id', silent)
@@ -221,7 +222,8 @@ declare
     held ledger.jobs;
 begin
     select j.* into held from ledger.jobs j join ledger.runs r on r.job_id = j.id where r.id = for_run for update of j;
-    update ledger.runs r set status = 'lost', error = why, finished_at = now(), mirrored = true
+    update ledger.runs r
+    set status = 'lost', error = why, finished_at = now(), mirrored = true, worker_id = coalesce(private.my_pod(), r.worker_id)
     where r.id = for_run and r.status = 'pending';
     if found and held.status = 'pending' then
         update ledger.jobs j
@@ -257,6 +259,7 @@ language plpgsql
 set search_path = ''
 as $$
 begin
+    perform private.my_org();
     update ledger.runs r set mirrored = true where r.id = any (run_ids);
     return query select jsonb_build_object('outcome', 'marked');
 end
@@ -269,5 +272,5 @@ set search_path = ''
 as $$
     select jsonb_build_object('run_id', r.id, 'job_id', r.job_id, 'status', r.status, 'worker_id', r.worker_id,
                               'mirrored', r.mirrored)
-    from ledger.runs r where r.id = any (flow_runs)
+    from ledger.runs r where private.known_caller() and r.id = any (flow_runs)
 $$;

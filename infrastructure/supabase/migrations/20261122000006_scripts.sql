@@ -36,6 +36,7 @@ as $$
 declare
     silent record;
 begin
+    perform private.my_org();
     for silent in select r.id, r.job_id from ledger.runs r
                   where r.status = 'in_progress' and r.lease_expires_at < now() loop
         perform 1 from ledger.jobs j where j.id = silent.job_id for update;

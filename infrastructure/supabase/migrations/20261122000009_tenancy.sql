@@ -68,9 +68,10 @@ language sql stable security definer
 set search_path = ''
 as $$
     select to_jsonb(o) || jsonb_build_object('role', m.role)
-    from ledger.members m join ledger.organizations o on o.id = m.organization_id
-    where m.user_id = private.my_user()
-      and case when private.my_token() is null then private.me_in_person() is not null else o.id = private.my_org() end
+    from (select coalesce(private.my_user(), private.me_in_person()) as id) as me
+    join ledger.members m on m.user_id = me.id
+    join ledger.organizations o on o.id = m.organization_id
+    where case when private.my_token() is null then private.me_in_person() is not null else o.id = private.my_org() end
       and (after_id is null or o.id > after_id)
     order by o.id
     limit max_rows
@@ -327,7 +328,8 @@ begin
         select t.id from ledger.api_tokens t join minted on t.minted_by = minted.id)
     update ledger.api_tokens t set revoked_at = now() from minted where t.id = minted.id and t.revoked_at is null;
     if found then
-        perform private.audit('revoke_token', held.name, jsonb_build_object('prefix', held.prefix));
+        -- The organization is named: a token that revoked itself speaks for none any more.
+        perform private.audit('revoke_token', held.name, jsonb_build_object('prefix', held.prefix), held.organization_id);
     end if;
     return query select jsonb_build_object('outcome', 'revoked');
 end
@@ -356,12 +358,13 @@ $$;
 
 -- The exchange, for the service role alone ------------------------------------------------------
 
--- Seconds to wait when `who` was refused too often in the last minutes; null when it may try.
+-- Seconds to wait when `who` was refused too often in the last minutes; null when it may try. What is good is granted
+-- all the same: somebody else behind the same address may be guessing.
 create function private.must_wait(who text) returns int
 language sql stable
 set search_path = ''
 as $$
-    select ceil(extract(epoch from date_trunc('minute', now()) + interval '1 minute' - now()))::int
+    select ceil(extract(epoch from min(r.minute) + interval '5 minutes' - now()))::int
     from private.refused_exchanges r
     where r.source = who and r.minute > now() - interval '5 minutes'
     having sum(r.refusals) >= 30
@@ -388,10 +391,6 @@ declare
     issued bigint := floor(extract(epoch from now()));
     claims jsonb;
 begin
-    if wait is not null then
-        return query select jsonb_build_object('outcome', 'limited', 'retry_after', wait);
-        return;
-    end if;
     update ledger.api_tokens t set last_used_at = now()
     where t.token_hash = hash and t.revoked_at is null and (t.expires_at is null or t.expires_at > now())
       and exists (select from ledger.members m where m.organization_id = t.organization_id and m.user_id = t.created_by)
@@ -404,7 +403,10 @@ begin
                                   'session', w.session_hash, 'exp', issued + 900)
         into claims from ledger.worker w where w.session_hash = hash and w.status <> 'terminated';
     end if;
-    if claims is null then
+    if claims is null and wait is not null then
+        return query select jsonb_build_object('outcome', 'limited', 'retry_after', wait);
+        return;
+    elsif claims is null then
         perform private.count_refusal(source);
         return query select jsonb_build_object('outcome', 'refused');
         return;
@@ -424,16 +426,18 @@ declare
     wait int := private.must_wait(left(source, 200));
     held ledger.worker;
 begin
-    if wait is not null then
-        return query select jsonb_build_object('outcome', 'limited', 'retry_after', wait);
-        return;
-    end if;
     select * into held from ledger.worker w where w.bootstrap_hash = hash for update;
     if held.id is not null and held.status <> 'terminated'
-       and coalesce(held.session_hash, redeem_bootstrap.session_hash) = redeem_bootstrap.session_hash then
+       and coalesce(held.session_hash, redeem_bootstrap.session_hash) = redeem_bootstrap.session_hash
+       and not exists (select from ledger.worker o
+                       where o.session_hash = redeem_bootstrap.session_hash and o.bootstrap_hash <> hash) then
         update ledger.worker w set session_hash = redeem_bootstrap.session_hash
         where w.bootstrap_hash = hash and w.session_hash is null;
         return query select jsonb_build_object('outcome', 'redeemed', 'worker_id', held.id, 'organization_id', held.organization_id);
+        return;
+    end if;
+    if wait is not null then
+        return query select jsonb_build_object('outcome', 'limited', 'retry_after', wait);
         return;
     end if;
     if held.id is not null then

@@ -7,6 +7,7 @@ as $$
 declare
     deleted int;
 begin
+    perform private.my_org();
     if older_than_days < 1 then
         raise exception 'older_than_days=% is not at least 1', older_than_days using errcode = '22023';
     end if;
