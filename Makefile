@@ -3,14 +3,17 @@ PYTHON ?= python3
 TORCH  := torch==2.13.0
 LOCK   := infrastructure/environments/job-cpu.txt
 
-.PHONY: help quickstart up down test check format bench-dispatch clean
+.PHONY: help quickstart up down test check attacks format bench-dispatch bench-ledger bench-files clean
 
 help:
 	@echo 'make quickstart      fine-tune SmolLM2-135M on this machine (ARGS=--tiny for a toy model)'
 	@echo 'make down            stop the local stack; nothing is lost'
 	@echo 'make test            the whole suite, in a fresh virtual environment'
 	@echo 'make check           format, lint, types and tests, in the environment at hand'
+	@echo 'make attacks         what hostile callers, tokens, names and jobs may not do'
 	@echo 'make bench-dispatch  how fast jobs start, against the stock Prefect worker'
+	@echo 'make bench-ledger    the ledger, against bare PostgreSQL (ARGS=--full: 100 k jobs, 1 M events)'
+	@echo 'make bench-files     hash and upload, against sha256sum and cp'
 
 # The control environment: SDK, CLI, Prefect, the local stack.
 .venv/installed: pyproject.toml
@@ -57,12 +60,22 @@ check:
 	mypy
 	python -m pytest $(ARGS)
 
+attacks:
+	python -m pytest tests/attacks tests/faults/test_canary.py tests/files/test_path_corpus.py \
+	    tests/ledger/test_jwt_attacks.py tests/ledger/test_exchange.py $(ARGS)
+
 format:
 	ruff format .
 	ruff check --fix .
 
 bench-dispatch: .venv/installed
 	.venv/bin/python benchmarks/dispatch.py $(ARGS)
+
+bench-ledger: .venv/installed
+	.venv/bin/python benchmarks/ledger.py $(ARGS)
+
+bench-files: .venv/installed
+	.venv/bin/python benchmarks/files.py $(ARGS)
 
 clean:
 	rm -rf .venv .venv-job .venv-test build dist .mypy_cache .ruff_cache .pytest_cache

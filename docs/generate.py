@@ -41,8 +41,11 @@ def pages() -> dict[str, str]:
 def _settings() -> Iterator[str]:
     yield "# Settings\n"
     yield (
-        "An environment variable counts before `$OW_HOME/stack.json`, which `ow up` writes, and that before "
-        "the default.\n"
+        "An environment variable counts before `$OW_HOME/credentials.json`, which `ow login` writes, that "
+        "before `$OW_HOME/stack.json`, which `ow up` writes, and that before the default. Where one of the "
+        "first two names a Supabase project, the addresses of the local stack do not count; where the "
+        "environment names another ledger, the login does not: its token is shown to its own project only. "
+        "`ow whoami` and `ow doctor` say which is in force.\n"
     )
     rows = []
     for field in dataclasses.fields(Settings):

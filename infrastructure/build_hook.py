@@ -6,7 +6,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-BUNDLED = ("flows", "infrastructure", "prefect.yaml")
+BUNDLED = ("blocks", "flows", "infrastructure", "prefect.yaml")
 
 
 class BundleHook(BuildHookInterface[Any]):

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from openweights_prefect.client import OpenWeights
     from openweights_prefect.errors import (
+        AuthenticationError,
+        BudgetExceeded,
         ConfigurationError,
         ConflictError,
         InvalidFileError,
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
         LedgerUnavailable,
         NotFoundError,
         OpenWeightsError,
+        PermissionDeniedError,
         ProviderError,
         StackError,
         WaitTimeout,
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AuthenticationError",
+    "BudgetExceeded",
     "ConfigurationError",
     "ConflictError",
     "InvalidFileError",
@@ -40,6 +45,7 @@ __all__ = [
     "NotFoundError",
     "OpenWeights",
     "OpenWeightsError",
+    "PermissionDeniedError",
     "ProviderError",
     "StackError",
     "WaitTimeout",

@@ -1,4 +1,4 @@
-"""Where the deployable files are: `flows/`, `infrastructure/`, `prefect.yaml`."""
+"""Where the deployable files are: `blocks/`, `flows/`, `infrastructure/`, `prefect.yaml`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def deploy_root() -> Path:
-    """Folder that holds `flows/`, `infrastructure/` and `prefect.yaml`, in a wheel or a checkout."""
+    """Folder of `blocks/`, `flows/`, `infrastructure/` and `prefect.yaml`, in a wheel or a checkout."""
     bundled = _PACKAGE / "_bundle"
     return bundled if bundled.is_dir() else _PACKAGE.parent
 

@@ -6,21 +6,23 @@ import difflib
 import re
 import threading
 from collections.abc import Mapping
-from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 from openweights_prefect.errors import ConfigurationError
-from openweights_prefect.files.store import LocalFileStore
-from openweights_prefect.ledger.connect import check_organization, connect
+from openweights_prefect.files.selection import open_store
+from openweights_prefect.ledger.connect import access_tokens, check_organization, connect
 from openweights_prefect.resources.custom import Jobs, registered
 from openweights_prefect.resources.events import Events
 from openweights_prefect.resources.files import Files
 from openweights_prefect.resources.fine_tuning import FineTuning
 from openweights_prefect.resources.jobs import StoredJobs
+from openweights_prefect.resources.organizations import Organizations
 from openweights_prefect.resources.runs import Runs
 from openweights_prefect.resources.script_run import ScriptRun
+from openweights_prefect.resources.secrets import Secrets
 from openweights_prefect.resources.session import Session
+from openweights_prefect.resources.tokens import Tokens
 from openweights_prefect.settings import Settings
 
 _TOKEN = re.compile(r"ow_[A-Za-z0-9_-]{8,}")
@@ -29,8 +31,8 @@ _TOKEN = re.compile(r"ow_[A-Za-z0-9_-]{8,}")
 class OpenWeights:
     """One organization's files, jobs, runs and events; safe to share between threads.
 
-    Constructing it makes no request. Without arguments it uses what the environment names,
-    else the local stack.
+    Constructing it makes at most one request. Without arguments it uses what the environment names, else
+    where `ow login` has signed in, else the local stack.
     """
 
     files: Files
@@ -38,6 +40,9 @@ class OpenWeights:
     runs: Runs
     events: Events
     fine_tuning: FineTuning
+    tokens: Tokens
+    organization: Organizations
+    secrets: Secrets
 
     def __init__(
         self,
@@ -50,13 +55,16 @@ class OpenWeights:
         *,
         settings: Settings | None = None,
     ) -> None:
-        _check_arguments(supabase_url, supabase_key)
-        settings = settings or Settings.load()
-        if auth_token:
-            settings = replace(settings, api_key=auth_token)
+        given = {
+            "api_key": auth_token,
+            "organization_id": organization_id,
+            "supabase_url": supabase_url,
+            "supabase_key": supabase_key,
+        }
+        settings = Settings.load(given=given) if settings is None else settings.with_given(given)
+        if supabase_key and not settings.supabase_url:
+            raise ConfigurationError("`supabase_key` is of no use without `supabase_url` (or SUPABASE_URL).")
         _check_token(settings.api_key)
-        if organization_id is not None:
-            settings = replace(settings, organization_id=organization_id)
         self.use_async = use_async
         self.deploy_kwargs = {"max_model_len": 2048} if deploy_kwargs is None else dict(deploy_kwargs)
         self._session = _session(settings)
@@ -68,6 +76,9 @@ class OpenWeights:
         self.runs = Runs(self._session)
         self.events = Events(self._session)
         self.fine_tuning = FineTuning(self._session)
+        self.tokens = Tokens(self._session.ledger)
+        self.organization = Organizations(self._session.ledger)
+        self.secrets = Secrets(self._session)
 
     @property
     def organization_id(self) -> str:
@@ -115,10 +126,11 @@ class OpenWeights:
 
 
 def _session(settings: Settings) -> Session:
-    ledger = connect(settings)
+    access = access_tokens(settings)
+    ledger = connect(settings, access=access)
     return Session(
         ledger=ledger,
-        store=LocalFileStore(settings.files_folder),
+        store=open_store(settings, bearer=access.bearer if access else None),
         organization_id=check_organization(settings, ledger),
         settings=settings,
     )
@@ -131,14 +143,6 @@ def _check_token(token: str) -> None:
             "`auth_token` (or OPENWEIGHTS_API_KEY) is not a token: those start with 'ow_', and have at least "
             "8 letters, digits, '-' or '_' after that. Leave both out to use the local stack."
         )
-
-
-def _check_arguments(supabase_url: str | None, supabase_key: str | None) -> None:
-    for name, value in (("supabase_url", supabase_url), ("supabase_key", supabase_key)):
-        if value:
-            raise ConfigurationError(
-                f"`{name}` is not supported yet; set `OW_DATABASE_URL` to use PostgreSQL."
-            )
 
 
 def _no_attribute(name: str, known: list[str]) -> str:

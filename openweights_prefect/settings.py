@@ -1,7 +1,8 @@
-"""The settings: read once from the environment and from the local stack's address file.
+"""The settings: read once from the environment, from where one is signed in, and from the local stack's file.
 
-Precedence: environment variable, then `$OW_HOME/stack.json` (written by `ow up`), then the default.
-No other module reads environment variables for configuration.
+Precedence: environment variable, then `$OW_HOME/credentials.json` (written by `ow login`), then
+`$OW_HOME/stack.json` (written by `ow up`), then the default. No other module reads environment variables for
+configuration.
 """
 
 from __future__ import annotations
@@ -12,11 +13,18 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from openweights_prefect.errors import ConfigurationError
 
 LOCAL_ORGANIZATION_ID = "00000000-0000-0000-0000-000000000001"
+STACK_VARIABLE = "OW_STACK_HOME"
+"""In the environment of every process of a local stack: it serves that stack, whoever is signed in here."""
+
+Source = Literal["environment", "login", "stack", "default"]
+
+_OF_THE_LOGIN = ("supabase_url", "supabase_key", "api_key", "organization_id")
+_OF_THE_STACK_ALONE = ("database_url", "prefect_api_url", "runpod_api_url", "organization_id", "file_store")
 
 
 def _setting(variable: str, default: Any, description: str, *, secret: bool = False) -> Any:
@@ -41,7 +49,17 @@ class Settings:
         "OPENWEIGHTS_API_KEY", "", "Token of an organization; empty means the local stack.", secret=True
     )
     organization_id: str = _setting("OW_ORGANIZATION_ID", LOCAL_ORGANIZATION_ID, "The tenant to act for.")
-    file_store: str = _setting("OW_FILE_STORE", "", "Folder of the file store; empty means `$OW_HOME/files`.")
+    supabase_url: str = _setting(
+        "SUPABASE_URL", "", "Address of the Supabase project that holds the ledger; empty means PostgreSQL."
+    )
+    supabase_key: str = _setting(
+        "SUPABASE_ANON_KEY", "", "The project's publishable key (once called anon key); it is public."
+    )
+    file_store: str = _setting(
+        "OW_FILE_STORE",
+        "",
+        "Folder or `s3://bucket/prefix` of the files; empty: the Supabase project, else `$OW_HOME/files`.",
+    )
     prefect_api_url: str = _setting("PREFECT_API_URL", "", "Address of the Prefect API.")
     work_pool: str = _setting(
         "OW_WORK_POOL", "openweights", "Prefect work pool that the flows are deployed to."
@@ -64,26 +82,88 @@ class Settings:
     boot_seconds: int = _setting(
         "OW_BOOT_SECONDS", 1500, "A pod that has not reported after this long is replaced."
     )
+    event_retention_days: int = _setting(
+        "OW_EVENT_RETENTION_DAYS", 0, "Days to keep events of ended runs; 0 keeps them for ever."
+    )
     prefect_port: int = _setting("OW_PREFECT_PORT", 4200, "Port of the local Prefect server.")
     simulator_port: int = _setting("OW_SIMULATOR_PORT", 4280, "Port of the simulated RunPod.")
 
     @classmethod
-    def load(cls, environment: Mapping[str, str] | None = None) -> Settings:
-        """Read the settings; raises `ConfigurationError` naming the variable with a bad value."""
+    def load(
+        cls, environment: Mapping[str, str] | None = None, *, given: Mapping[str, str | None] | None = None
+    ) -> Settings:
+        """Read the settings; what is `given`, by name, counts like its variable, and before it.
+
+        Raises `ConfigurationError` naming the variable with a bad value.
+        """
         env = os.environ if environment is None else environment
-        home = Path(env.get("OW_HOME") or cls.home).expanduser().absolute()
-        stack = _read_stack_file(home / "stack.json")
-        values: dict[str, Any] = {"home": home}
+        layers = _layers(env, given)
+        values: dict[str, Any] = {"home": _home(env)}
         for spec in dataclasses.fields(cls):
-            raw = env.get(spec.metadata["variable"]) or stack.get(spec.name)
-            if spec.name != "home" and raw not in (None, ""):
+            raw = next((layer[spec.name] for layer in layers.values() if spec.name in layer), None)
+            if spec.name != "home" and raw is not None:
                 values[spec.name] = _parse(spec, raw)
         return cls(**values)
+
+    def with_given(self, given: Mapping[str, str | None]) -> Settings:
+        """These settings with the texts that are given by name."""
+        texts: dict[str, Any] = {name: value for name, value in given.items() if value}
+        return dataclasses.replace(self, **texts)
+
+    @classmethod
+    def source_of(cls, name: str, environment: Mapping[str, str] | None = None) -> Source:
+        """Where `load()` takes the setting `name` from."""
+        layers = _layers(os.environ if environment is None else environment)
+        return next((source for source, layer in layers.items() if name in layer), "default")
+
+    @classmethod
+    def origin_of(cls, name: str, environment: Mapping[str, str] | None = None) -> str:
+        """The same for people: the variable, or the command that wrote it down."""
+        variable: str = next(f.metadata["variable"] for f in dataclasses.fields(cls) if f.name == name)
+        texts = {"environment": variable, "login": "`ow login`", "stack": "`ow up`", "default": "the default"}
+        return texts[cls.source_of(name, environment)]
 
     @property
     def files_folder(self) -> Path:
         """Folder of the local file store."""
         return Path(self.file_store).expanduser() if self.file_store else self.home / "files"
+
+
+def _home(env: Mapping[str, str]) -> Path:
+    return Path(env.get("OW_HOME") or Settings.home).expanduser().absolute()
+
+
+def _layers(
+    env: Mapping[str, str], given: Mapping[str, str | None] | None = None
+) -> dict[Source, dict[str, Any]]:
+    """What each source says, without empty values; the first that names a setting counts."""
+    home = _home(env)
+    environment: dict[str, str] = {}
+    for spec in dataclasses.fields(Settings):
+        if value := (given or {}).get(spec.name) or env.get(spec.metadata["variable"]):
+            environment[spec.name] = value
+    login = {}
+    if not env.get(STACK_VARIABLE):
+        login = _applicable(_read_file(home / "credentials.json", written_by="ow login"), environment)
+    stack = _read_file(home / "stack.json", written_by="ow up")
+    if "supabase_url" in environment or "supabase_url" in login:
+        stack = {name: value for name, value in stack.items() if name not in _OF_THE_STACK_ALONE}
+    if "api_key" in environment:
+        stack.pop("organization_id", None)
+    return {"environment": environment, "login": login, "stack": stack}
+
+
+def _applicable(login: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
+    """What a login says, unless the environment names another ledger: a token is never shown to that one.
+
+    A token of the environment decides for itself which organization it acts for.
+    """
+    url = login.get("supabase_url")
+    named = environment.get("supabase_url", "").rstrip("/")
+    if named != url if named else "database_url" in environment:
+        return {}
+    names = _OF_THE_LOGIN[:2] if "api_key" in environment else _OF_THE_LOGIN
+    return {name: login[name] for name in names if name in login}
 
 
 def _parse(spec: dataclasses.Field[Any], raw: Any) -> Any:
@@ -97,7 +177,7 @@ def _parse(spec: dataclasses.Field[Any], raw: Any) -> Any:
         ) from exc
 
 
-def _read_stack_file(path: Path) -> dict[str, Any]:
+def _read_file(path: Path, *, written_by: str) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -109,6 +189,6 @@ def _read_stack_file(path: Path) -> dict[str, Any]:
         ) from exc
     except ValueError as exc:
         raise ConfigurationError(
-            f"{str(path)!r} is damaged ({exc}). Delete it and run `ow up`, which writes it again."
+            f"{str(path)!r} is damaged ({exc}). Delete it and run `{written_by}`, which writes it again."
         ) from exc
-    return data if isinstance(data, dict) else {}
+    return {name: value for name, value in data.items() if value != ""} if isinstance(data, dict) else {}

@@ -21,9 +21,10 @@ from openweights_prefect.ledger.embedded import EmbeddedPostgres
 from openweights_prefect.settings import LOCAL_ORGANIZATION_ID
 from openweights_prefect.stack.databases import create_organization
 from tests.callers import Callers
+from tests.postgres_versions import server_binaries
 
 if TYPE_CHECKING:
-    from supabase_double import SupabaseDouble
+    from tests.supabase_double import SupabaseDouble
 
 _TEMPLATE = "ledger_template"
 _SUPABASE_TEMPLATE = "supabase_template"
@@ -41,7 +42,7 @@ def postgres() -> Iterator[EmbeddedPostgres]:
     """A PostgreSQL server for the session; not below pytest's own folder, which shuts other accounts out."""
     folder = Path(tempfile.mkdtemp(prefix="ow-test-pg-"))
     folder.chmod(0o755)
-    server = embedded.start(folder / "postgres", fsync=False)
+    server = embedded.start(folder / "postgres", fsync=False, binaries=server_binaries())
     try:
         migrator.ensure_database(server.url(database="postgres"), _TEMPLATE)
         migrator.migrate(server.url(database=_TEMPLATE))
@@ -55,7 +56,7 @@ def postgres() -> Iterator[EmbeddedPostgres]:
 @pytest.fixture(scope="session")
 def supabase_template(postgres: EmbeddedPostgres) -> str:
     """The name of a database like that of a Supabase project, migrated by its owner, who is no superuser."""
-    import supabase_double  # Needs the extra `supabase`, and so do only the tests that ask for it.
+    from tests import supabase_double  # Needs the extra `supabase`, and so do only the tests that ask for it.
 
     server, project = postgres.url(database="postgres"), postgres.url(database=_SUPABASE_TEMPLATE)
     supabase_double.prepare_server(server)
@@ -88,7 +89,7 @@ def ledger_url(postgres: EmbeddedPostgres, transport: str, request: pytest.Fixtu
 @pytest.fixture
 def supabase(ledger_url: str, tmp_path: Path) -> Iterator[SupabaseDouble]:
     """A Supabase project over the test's database; needs the transport "supabase"."""
-    from supabase_double import SupabaseDouble
+    from tests.supabase_double import SupabaseDouble
 
     admin_url = ledger_url.replace("authenticator@", "postgres@")
     with SupabaseDouble(database_url=ledger_url, admin_url=admin_url, folder=tmp_path / "supabase") as double:

@@ -154,7 +154,7 @@ def test_the_wheel_holds_the_package_and_what_it_deploys(built: Built) -> None:
     assert "openweights_prefect/py.typed" in names
     bundle = "openweights_prefect/_bundle"
     assert f"{bundle}/prefect.yaml" in names
-    for folder in ("flows", "infrastructure/supabase", "infrastructure/environments"):
+    for folder in ("blocks", "flows", "infrastructure/supabase", "infrastructure/environments"):
         assert {f"{bundle}/{folder}/{name}" for name in sources(ROOT / folder)} <= names, folder
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"openweights_prefect"}
     assert not [name for name in names if "__pycache__" in name or "/tests/" in name or name.endswith(".pyc")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 import click
 
@@ -23,15 +24,21 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     Example:
       ow doctor
     """
-    checks: list[Check] = []
-    for check in check_all(Settings.load()):
-        checks.append(check)
+    ok = print_checks(check_all(Settings.load()), as_json=as_json)
+    ctx.exit(0 if ok else 1)
+
+
+def print_checks(checks: Iterable[Check], *, as_json: bool) -> bool:
+    """Print checks as they come, or as one document at the end; says whether all are ok."""
+    done: list[Check] = []
+    for check in checks:
+        done.append(check)
         if not as_json:
             _print(check)
-    ok = all(check.ok for check in checks)
+    ok = all(check.ok for check in done)
     if as_json:
-        print_json({"ok": ok, "checks": [dataclasses.asdict(check) for check in checks]})
-    ctx.exit(0 if ok else 1)
+        print_json({"ok": ok, "checks": [dataclasses.asdict(check) for check in done]})
+    return ok
 
 
 def _print(check: Check) -> None:

@@ -38,7 +38,23 @@ _COMMANDS = {
     "fetch": _Entry("files", "fetch", "Download a file, or the results of a job."),
     "pod": _Entry("pods", "pod", "Look at pods, and end them."),
     "worker": _Entry("worker", "worker", "Run a Prefect worker of type runpod in the foreground."),
-    "db": _Entry("database", "db", "Migrate the ledger."),
+    "signup": _Entry("login", "signup", "Create an account on a hosted ledger, and sign in."),
+    "login": _Entry(
+        "login",
+        "login",
+        "Sign in to a hosted ledger, so that every command and script of this machine uses it.",
+    ),
+    "logout": _Entry("login", "logout", "Revoke the token of this machine, and forget it."),
+    "whoami": _Entry(
+        "login",
+        "whoami",
+        "Show who acts, for which organization, on which ledger, and which settings say so.",
+    ),
+    "token": _Entry("tokens", "token", "Make, list and revoke API tokens."),
+    "env": _Entry("variables", "env", "Store secrets that jobs get as environment variables."),
+    "org": _Entry("organizations", "org", "Found, enter and manage organizations."),
+    "blocks": _Entry("blocks", "blocks", "Save credentials as Prefect block documents."),
+    "db": _Entry("database", "db", "Migrate, back up and check the ledger."),
 }
 
 

@@ -39,6 +39,9 @@ _NEVER_MOUNTED = {
     ".owignore": "ignore file",
 }
 
+_NEVER_MISSED = {"cache", "version control", "desktop file", "ignore file"}
+_NAMED = 5
+
 
 class FolderFile(NamedTuple):
     """A file to mount."""
@@ -61,6 +64,13 @@ class FolderListing(NamedTuple):
 
     files: list[FolderFile]
     skipped: list[SkippedPath]
+
+    def left_out(self) -> str:
+        """One line on what somebody may miss: what was skipped, caches aside; empty when nothing was."""
+        missed = [path for path in self.skipped if path.reason not in _NEVER_MISSED]
+        named = [f"{path.target!r} ({path.reason})" for path in missed[:_NAMED]]
+        more = [f"and {len(missed) - _NAMED} more"] if len(missed) > _NAMED else []
+        return ", ".join([*named, *more])
 
 
 class _IgnoreFile(NamedTuple):

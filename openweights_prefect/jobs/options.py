@@ -15,12 +15,15 @@ from pydantic import (
     StringConstraints,
     ValidationError,
     field_validator,
+    model_validator,
 )
 
 from openweights_prefect.errors import InvalidParameterError
+from openweights_prefect.jobs.secrets import OWN_VARIABLES, SECRET_NAME, looks_secret
 from openweights_prefect.provisioning.hardware import parse_hardware
 
-_OWN_VARIABLES = re.compile(r"OW_.*|OPENWEIGHTS_.*|N_GPUS|PATH|PYTHONPATH")
+_UNSHOWN = ("env",)
+"""Options whose value may be a secret by mistake: an error does not repeat it."""
 
 Params = TypeVar("Params", bound=BaseModel)
 
@@ -45,6 +48,11 @@ class Options(BaseModel):
     timeout: int | None = Field(None, ge=1, le=30 * 86400, description="Seconds that one attempt may take.")
     retries: int = Field(0, ge=0, le=100, description="Further attempts after failures of the job's own.")
     env: dict[str, str] = Field({}, description="Environment variables, stored in plain text: no secrets.")
+    secrets: list[str] | None = Field(
+        None,
+        max_length=100,
+        description="Names of the organization's secrets that the job finds in its environment.",
+    )
 
     @field_validator("allowed_hardware")
     @classmethod
@@ -57,9 +65,32 @@ class Options(BaseModel):
         for name, text in value.items():
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or "\0" in text:
                 raise ValueError(f"{name!r} cannot be an environment variable; use letters, digits and `_`")
-            if _OWN_VARIABLES.fullmatch(name):
+            if OWN_VARIABLES.fullmatch(name):
                 raise ValueError(f"{name!r} is set by the pod; choose another name")
+            if looks_secret(name, text):
+                raise ValueError(
+                    f"{name!r} looks like a secret, and `env` is stored in plain text; "
+                    f"store it: `ow env set {name}`, then pass secrets=[{name!r}]"
+                )
         return value
+
+    @field_validator("secrets")
+    @classmethod
+    def _legal_secrets(cls, value: list[str] | None) -> list[str] | None:
+        for name in value or []:
+            if not SECRET_NAME.fullmatch(name):
+                raise ValueError(
+                    f"{name!r:.50} cannot be the name of a secret; give the names that `ow env show` lists"
+                )
+            if OWN_VARIABLES.fullmatch(name):
+                raise ValueError(f"{name!r} is set by the pod; store the secret under another name")
+        return None if value is None else list(dict.fromkeys(value))
+
+    @model_validator(mode="after")
+    def _one_value_a_variable(self) -> Options:
+        if both := sorted({*self.env}.intersection(self.secrets or [])):
+            raise ValueError(f"{', '.join(both)}: both in `env` and in `secrets`; take it out of one")
+        return self
 
 
 class Arguments(NamedTuple):
@@ -99,6 +130,8 @@ def _line(location: Iterable[int | str], message: str, value: object) -> str:
         return f"  {message}"
     if message == "Field required":
         return f"  {path}: is required"
+    if path.split(".")[0] in _UNSHOWN:
+        return f"  {path}: {message}"
     return f"  {path}={value!r:.100}: {message}"
 
 

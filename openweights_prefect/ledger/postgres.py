@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import random
 import time
 from typing import Any
 
 import psycopg
 from psycopg import sql
+from psycopg.abc import RV, PQGen
 from psycopg.types.json import Jsonb
 from psycopg_pool import ConnectionPool, PoolTimeout
 
@@ -29,6 +31,7 @@ from openweights_prefect.ledger.identity import (
     TokenIdentity,
     granted,
 )
+from openweights_prefect.ledger.notifications import JobListener
 from openweights_prefect.ledger.protocol import Row
 
 _CONNECTION_LOST = (
@@ -38,9 +41,12 @@ _CONNECTION_LOST = (
     "55P03",
     "40",
 )  # gone, shutting down, out of resources, locks, serialization
+_CONNECT_SECONDS = 10
 _PROBE_SECONDS = 2
+_GRACE_SECONDS = 1.0  # For the server to say itself that time is over; one that is frozen says nothing.
 _IDENTIFY = sql.SQL(
-    "select set_config('role', %(ow_role)s, true), set_config('request.jwt.claims', %(ow_claims)s, true); "
+    "select set_config('role', %(ow_role)s, true), set_config('request.jwt.claims', %(ow_claims)s, true), "
+    "set_config('statement_timeout', %(ow_timeout)s, true); "
 )
 
 # Our error says what these warnings say; they reach stderr only where somebody set up logging.
@@ -61,13 +67,15 @@ class PostgresLedger:
         self._url = url
         self._identity = identity
         self._patience_seconds = patience_seconds
+        self._listener = JobListener(url)
         self._pool = ConnectionPool(
             url,
             min_size=0,
             max_size=connections,
             open=True,
             check=None,
-            kwargs={"autocommit": True},
+            connection_class=_Connection,
+            kwargs={"autocommit": True, "connect_timeout": _CONNECT_SECONDS},
             timeout=patience_seconds,
             reconnect_timeout=patience_seconds,
             name="ledger",
@@ -100,7 +108,7 @@ class PostgresLedger:
             try:
                 claims = self._identity.claims()
                 with self._pool.connection(timeout=max(0.1, deadline - time.monotonic())) as connection:
-                    return _call(connection, claims, statement, values)
+                    return _call(connection, claims, statement, values, deadline)
             except psycopg.errors.InvalidAuthorizationSpecification as exc:
                 raise AuthenticationError(f"`{function}` was refused: {_reason(exc)}.") from exc
             except (psycopg.OperationalError, PoolTimeout) as exc:
@@ -123,9 +131,14 @@ class PostgresLedger:
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(pause * 2, 2.0)
 
+    def wait_for_change(self, job_id: str, seconds: float) -> None:
+        """Sleep, less long when the job has ended meanwhile; a hint only."""
+        self._listener.sleep(job_id, seconds)
+
     def close(self) -> None:
         """Close all connections; silent when already closed."""
         self._pool.close()
+        self._listener.close()
 
     def _cause(self, exc: Exception) -> str:
         """Why there is no answer; the pool keeps the reason of a failed connection to itself."""
@@ -136,6 +149,29 @@ class PostgresLedger:
             except psycopg.Error as failure:
                 reason = failure
         return " ".join(str(reason).split())
+
+
+class _Connection(psycopg.Connection[Any]):
+    """Waits for the server until its deadline: one that is frozen, or cut off, never ends a connection."""
+
+    deadline = math.inf
+
+    def wait(self, gen: PQGen[RV], interval: float = 0.1, timeout: float | None = None) -> RV:
+        return super().wait(self._until_deadline(gen), interval)
+
+    def _until_deadline(self, gen: PQGen[RV]) -> PQGen[RV]:
+        """The same exchange with the server; `wait` comes back to it at least every `interval`."""
+        try:
+            wanted = next(gen)
+            while True:
+                ready = yield wanted
+                if time.monotonic() > self.deadline:
+                    self.pgconn.finish()
+                    raise psycopg.OperationalError("the server was silent")
+                wanted = gen.send(ready)
+        except StopIteration as end:
+            answer: RV = end.value
+            return answer
 
 
 def check_url(url: str) -> None:
@@ -172,13 +208,19 @@ def token_identity(url: str, token: str) -> TokenIdentity:
 
 
 def _call(
-    connection: psycopg.Connection, claims: Claims, statement: sql.Composed, values: dict[str, Any]
+    connection: _Connection,
+    claims: Claims,
+    statement: sql.Composed,
+    values: dict[str, Any],
+    deadline: float,
 ) -> list[Row]:
-    """Both statements are one request, which PostgreSQL runs as one transaction.
+    """Both statements are one request, which PostgreSQL runs as one transaction until the deadline.
 
     libpq's escaping puts the values in: a request of several statements takes no parameters.
     """
-    caller = {"ow_role": claims["role"], "ow_claims": json.dumps(dict(claims))}
+    connection.deadline = deadline + _GRACE_SECONDS
+    timeout_ms = max(1, round((deadline - time.monotonic()) * 1000))
+    caller = {"ow_role": claims["role"], "ow_claims": json.dumps(dict(claims)), "ow_timeout": str(timeout_ms)}
     cursor = psycopg.ClientCursor(connection).execute(_IDENTIFY + statement, {**values, **caller})
     cursor.nextset()
     return [row[0] for row in cursor]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 Row = dict[str, Any]
 
@@ -24,4 +24,13 @@ class Ledger(Protocol):
 
     def close(self) -> None:
         """Give back every connection."""
+        ...
+
+
+@runtime_checkable
+class Notifying(Protocol):
+    """A ledger that hears of changes as they happen."""
+
+    def wait_for_change(self, job_id: str, seconds: float) -> None:
+        """Sleep, less long when the job has ended meanwhile. A hint: its caller looks in any case."""
         ...

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 _UPDATE_SECONDS = 3.0
 _MAX_LINES = 5000
 _TABLE_ROWS = 200
+_MAX_ROWS = 20 * _TABLE_ROWS
 
 
 class RunReport:
@@ -45,11 +46,14 @@ class RunReport:
     async def observe(self, events: Sequence[Mapping[str, Any]], log_text: str) -> None:
         """Take note of what was just stored; returns at once."""
         self._lines += [line.rpartition("\r")[2] for line in log_text.splitlines()]
+        self._lines = self._lines[-_MAX_LINES:]
         for event in events:
             data = event["data"]
             row = {name: value for name, value in data.items() if _is_number(value)}
             if len(row) > 1 or ("step" not in row and row):
                 self._metrics.append(row)
+                if len(self._metrics) > _MAX_ROWS:
+                    self._metrics = sampled(self._metrics, _MAX_ROWS // 2)
             if _is_number(data.get("progress")):
                 self._progress = 100.0 * min(1.0, max(0.0, float(data["progress"])))
             if event.get("file") and data.get("path"):

@@ -13,8 +13,9 @@ from typing import Any
 from uuid import UUID, uuid4
 
 from openweights_prefect.errors import AuthenticationError, OpenWeightsError
-from openweights_prefect.files.store import LocalFileStore
-from openweights_prefect.ledger.connect import connect_pod, redeem_bootstrap
+from openweights_prefect.files.selection import open_store
+from openweights_prefect.ledger.connect import access_tokens, connect_pod, redeem_bootstrap
+from openweights_prefect.ledger.keyring import FILE_NAME, Keyring
 from openweights_prefect.ledger.notifications import notifications
 from openweights_prefect.ledger.protocol import Ledger, Row
 from openweights_prefect.orchestration.flow_runs import FlowRuns
@@ -167,6 +168,7 @@ class Agent:
             library=self._library,
             flow_runs=self._flow_runs,
             nursery=self._nursery,
+            keyring=Keyring(self._settings.home / FILE_NAME),
             root=self._root,
         )
         self._task = asyncio.create_task(self._execute(self._execution))
@@ -231,8 +233,9 @@ async def serve(settings: Settings, environment: MutableMapping[str, str]) -> bo
     session = session_secret(Path.cwd() / ".session")
     if not await _redeem(settings, identity, session):
         return False
-    ledger = connect_pod(settings, session)
-    store = LocalFileStore(settings.files_folder)
+    access = access_tokens(settings, session)
+    ledger = connect_pod(settings, session, access=access)
+    store = open_store(settings, bearer=access.bearer if access else None)
     library = Library(ledger=ledger, store=store, organization_id=ledger.organization_id)
     async with FlowRuns.connect(settings) as flow_runs:
         agent = Agent(

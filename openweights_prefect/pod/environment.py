@@ -8,10 +8,9 @@ from openweights_prefect.settings import Settings
 
 
 def prepare_environment(settings: Settings, environment: MutableMapping[str, str]) -> None:
-    """Name the API, the place of results, patience in an outage, and silence towards others."""
+    """Name the API, patience in an outage, and silence towards others."""
     defaults = {
         "PREFECT_API_URL": settings.prefect_api_url,
-        "PREFECT_LOCAL_STORAGE_PATH": str(settings.files_folder / "results"),
         "PREFECT_CLIENT_MAX_RETRIES": "20",
         # Agent and server are of one installation: asking for its version in each run costs 30 ms.
         "PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED": "false",

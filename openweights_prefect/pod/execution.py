@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import logging
 import os
 import shutil
@@ -14,7 +15,8 @@ from uuid import UUID
 
 from prefect.client.schemas.objects import FlowRun
 
-from openweights_prefect.errors import OpenWeightsError
+from openweights_prefect.errors import InvalidParameterError, OpenWeightsError
+from openweights_prefect.ledger.keyring import Keyring
 from openweights_prefect.ledger.protocol import Ledger, Row
 from openweights_prefect.orchestration.flow_runs import FlowRunGone, FlowRuns
 from openweights_prefect.orchestration.progress import RunReport
@@ -22,6 +24,8 @@ from openweights_prefect.pod import folder as folders
 from openweights_prefect.pod.library import Library
 from openweights_prefect.pod.nursery import Child, Nursery
 from openweights_prefect.pod.outage import call_until_answered
+from openweights_prefect.pod.redaction import Redaction
+from openweights_prefect.pod.secrets import job_secrets
 from openweights_prefect.pod.server import Answer, serve
 from openweights_prefect.pod.shipping import Shipper, StaleRun
 from openweights_prefect.runtime.entrypoint import FOLDER_VARIABLE, RunFolder
@@ -46,6 +50,7 @@ class Execution:
         library: Library,
         flow_runs: FlowRuns,
         nursery: Nursery,
+        keyring: Keyring,
         root: Path,
     ) -> None:
         self.run_id = run_id
@@ -55,9 +60,12 @@ class Execution:
         self._library = library
         self._flow_runs = flow_runs
         self._nursery = nursery
+        self._keyring = keyring
         self._folder = RunFolder(root / str(run_id))
         self._sockets = Path(tempfile.mkdtemp(prefix="ow-", dir=_short_temporary_folder()))
         self._job: Row = {}
+        self._secrets: dict[str, str] = {}
+        self._redaction = Redaction([])
         self._child: Child | None = None
         self._entrypoint_pid: int | None = None
         self._intent: tuple[str, str] | None = None  # how it was told to end, and why
@@ -125,13 +133,18 @@ class Execution:
 
     async def _run_opened(self, flow_run: FlowRun, *, gpu_count: int) -> None:
         report = RunReport(self._flow_runs, self.run_id, str(self._job["id"]))
+        refusal = await self._fetch_secrets()
         self._shipper = Shipper(
             ledger=self._ledger,
             folder=self._folder,
             run_id=self.run_id,
             boot=self._boot,
             observer=report.observe,
+            redaction=self._redaction,
         )
+        if refusal is not None:
+            await self._finish("failed", refusal)
+            return
         job_socket = self._sockets / "job.sock"
         try:
             await asyncio.to_thread(
@@ -153,6 +166,17 @@ class Execution:
             job_server.close()
             flow_server.close()
             await report.close(self._job.get("outputs"))
+
+    async def _fetch_secrets(self) -> str | None:
+        """Get what the job names; returns why the run cannot be, or None."""
+        try:
+            self._secrets = await job_secrets(
+                self._ledger, self._keyring, self._job, run_id=self.run_id, boot=self._boot
+            )
+        except OpenWeightsError as exc:
+            return f"The run's secrets could not be fetched: {exc}"
+        self._redaction = Redaction(self._secrets.values())
+        return None
 
     async def _run_child(self, flow_run: FlowRun, gpu_count: int, shipping: asyncio.Task[None]) -> None:
         self._child = await self._nursery.fork(
@@ -190,16 +214,16 @@ class Execution:
 
     async def _finish(self, result: str, why: str | None, outputs: dict[str, Any] | None = None) -> Row:
         assert self._shipper is not None
-        await self._shipper.drain()
+        await self._shipper.drain(last=True)
         log_file = await self._upload_log()
         answer = await self._call(
             "finish_run",
             for_run=self.run_id,
             as_boot=self._boot,
             result=result,
-            why=why,
+            why=None if why is None else self._redaction.text(why),
             log_file_id=log_file,
-            result_outputs=outputs,
+            result_outputs=self._redaction.data(outputs),
         )
         if answer["outcome"] != "finished":
             raise StaleRun(f"Run {self.run_id} was finished by somebody else: {answer}")
@@ -211,8 +235,12 @@ class Execution:
     async def _upload_log(self) -> str | None:
         if not self._folder.log.exists() or self._folder.log.stat().st_size == 0:
             return None
+        path = self._folder.log
+        if self._redaction:
+            path = self._folder.path / "log.redacted"
+            await asyncio.to_thread(self._redaction.copy, self._folder.log, path)
         row = await asyncio.to_thread(
-            self._library.upload, str(self._folder.log), purpose="log", name=f"{self.run_id}.log"
+            self._library.upload, str(path), purpose="log", name=f"{self.run_id}.log"
         )
         return str(row["id"])
 
@@ -228,7 +256,14 @@ class Execution:
         }
 
     def _flow_calls(self) -> dict[str, Answer]:
-        return {"started": self._on_started, "collect": self._on_collect, "finish": self._on_finish}
+        return {
+            "started": self._on_started,
+            "secrets": self._on_secrets,
+            "collect": self._on_collect,
+            "finish": self._on_finish,
+            "read_result": self._on_read_result,
+            "write_result": self._on_write_result,
+        }
 
     async def _on_flush(self) -> dict[str, Any]:
         assert self._shipper is not None
@@ -236,7 +271,8 @@ class Execution:
         return {}
 
     async def _on_upload(self, path: str, purpose: str, name: str) -> dict[str, Any]:
-        return {"file": await asyncio.to_thread(self._library.upload, path, purpose=purpose, name=name)}
+        shown = self._redaction.text(name)
+        return {"file": await asyncio.to_thread(self._library.upload, path, purpose=purpose, name=shown)}
 
     async def _on_get_file(self, id: str) -> dict[str, Any]:
         return {"file": await asyncio.to_thread(self._library.describe, id)}
@@ -271,22 +307,38 @@ class Execution:
             self._background.add(asyncio.create_task(self._end_entrypoint()))
         return {}
 
+    async def _on_secrets(self) -> dict[str, Any]:
+        return {"values": self._secrets}
+
     async def _on_collect(self) -> dict[str, Any]:
         """Upload what the run left in `uploads/`; each file is an event."""
         assert self._shipper is not None
-        uploads = self._folder.work / "uploads"
+        try:
+            uploads = await asyncio.to_thread(folders.left_files, self._folder)
+        except InvalidParameterError as exc:  # The job's own fault: another attempt would end the same.
+            why = self._redaction.text(f"A file in `uploads/`: {exc}")
+            return {"files": [], "intent": self._intent or ("failed", why)}
         files = []
-        for path in sorted(p for p in uploads.rglob("*") if p.is_file() and not p.is_symlink()):
-            name = path.relative_to(uploads).as_posix()
+        for found, path in uploads:
+            name = self._redaction.text(found)
             row = await asyncio.to_thread(self._library.upload, str(path), purpose="result", name=name)
             files.append({"path": name, "file": row["id"]})
-        return {"files": files, "intent": list(self._intent) if self._intent else None}
+        return {"files": files, "intent": self._intent}
 
     async def _on_finish(
         self, result: str, why: str | None = None, outputs: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         job = await self._finish(result, why, outputs)
         return {"status": job["status"], "outputs": job["outputs"]}
+
+    async def _on_read_result(self, key: str) -> dict[str, Any]:
+        data = await asyncio.to_thread(self._library.read_result, key)
+        return {"content": None if data is None else base64.b64encode(data).decode("ascii")}
+
+    async def _on_write_result(self, key: str, content: str) -> dict[str, Any]:
+        data = base64.b64decode(content, validate=True)
+        await asyncio.to_thread(self._library.write_result, key, data)
+        return {}
 
     # Ending early -------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import openweights_prefect
+from openweights_prefect.errors import InvalidParameterError
 from openweights_prefect.runtime.entrypoint import RunFolder
 from openweights_prefect.types.paths import safe_relative_path
 
@@ -36,6 +37,18 @@ def prepare(folder: RunFolder, job: Mapping[str, Any], *, job_socket: Path, fetc
     (folder.path / "job.json").write_text(
         json.dumps({**job, "job_socket": str(job_socket)}), encoding="utf-8"
     )
+
+
+def left_files(folder: RunFolder) -> list[tuple[str, Path]]:
+    """What the run left in `uploads/`, each file with its path in there; links are not followed.
+
+    Raises `InvalidParameterError` for a name that is not legal everywhere, before anything is stored.
+    """
+    uploads = folder.work / "uploads"
+    if uploads.is_symlink():
+        raise InvalidParameterError("`uploads` is a link; leave files in the folder that was there.")
+    paths = sorted(path for path in uploads.rglob("*") if path.is_file() and not path.is_symlink())
+    return [(str(safe_relative_path(path.relative_to(uploads).as_posix())), path) for path in paths]
 
 
 def remove(folder: RunFolder) -> None:

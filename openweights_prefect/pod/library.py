@@ -27,17 +27,26 @@ class Library:
 
     def upload(self, path: str, *, purpose: str, name: str) -> dict[str, Any]:
         """Store a file and register it; the same content is stored once."""
+        filename = str(safe_relative_path(name))
         digest = digest_path(Path(path), self._organization_id)
         file_id = make_file_id(purpose, digest.id_hex12)
         self._store.put(file_id, self._organization_id, Path(path))
         row = {
             "id": file_id,
             "purpose": purpose,
-            "filename": str(safe_relative_path(name)),
+            "filename": filename,
             "bytes": digest.bytes,
             "sha256": digest.sha256,
         }
         return self._ledger.call("register_file", file=row)[0]
+
+    def write_result(self, key: str, data: bytes) -> None:
+        """Keep what a flow returned."""
+        self._store.write_result(key, self._organization_id, data)
+
+    def read_result(self, key: str) -> bytes | None:
+        """What a flow returned; None when there is nothing under this key."""
+        return self._store.read_result(key, self._organization_id)
 
     def describe(self, file_id: str) -> dict[str, Any]:
         """The ledger's row of a file; raises `NotFoundError`."""

@@ -17,10 +17,13 @@ async def call_until_answered(ledger: Ledger, function: str, **arguments: Any) -
 
     Whoever calls it holds a lease: when the ledger is back and gave that away, the answer says so.
     """
+    return (await rows_until_answered(ledger, function, **arguments))[0]
+
+
+async def rows_until_answered(ledger: Ledger, function: str, **arguments: Any) -> list[Row]:
+    """All rows of the answer, likewise."""
     while True:
         try:
-            rows = await asyncio.to_thread(ledger.call, function, **arguments)
+            return await asyncio.to_thread(ledger.call, function, **arguments)
         except LedgerUnavailable as exc:
             logger.warning("%s", exc)
-        else:
-            return rows[0]

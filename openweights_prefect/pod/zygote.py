@@ -23,8 +23,9 @@ from typing import Any
 from uuid import UUID
 
 from openweights_prefect import bundle
+from openweights_prefect.pod.redaction import Redaction, redact_logging
+from openweights_prefect.runtime import wire
 from openweights_prefect.runtime.child import die_with_parent
-from openweights_prefect.settings import Settings
 
 _DRAIN_SECONDS = 5.0
 _UNNAMED = ("deployment_id", "work_queue_id", "work_pool_name")
@@ -73,16 +74,19 @@ def _preload() -> dict[str, Any]:
     from prefect.flows import load_flow_from_entrypoint
     from prefect.settings import get_current_settings
 
+    from openweights_prefect.orchestration.results import keep_results_in_store
+
     _share_tls_context(
         prefect.client.orchestration, get_current_settings().api.ssl_cert_file or certifi.where()
     )
-    # Named here, or every run would ask the server for its default.
-    results = Settings.load().files_folder / "results"
     folder = bundle.deploy_root() / "flows"
     flows: dict[str, Any] = {
         path.stem: load_flow_from_entrypoint(f"{path}:{path.stem}") for path in folder.glob("*.py")
     }
-    return {name: flow.with_options(result_storage=results) for name, flow in flows.items()}
+    # Prefect never runs a flow again that completed with a result that is kept.
+    return {
+        name: keep_results_in_store(flow.with_options(persist_result=True)) for name, flow in flows.items()
+    }
 
 
 def _share_tls_context(clients: Any, certificates: str) -> None:
@@ -129,14 +133,18 @@ def _execute(order: dict[str, Any], flow: Any) -> int:
     from prefect.flow_engine import load_flow, run_flow
     from prefect.logging.handlers import APILogWorker
 
+    from openweights_prefect.orchestration.results import keep_results_in_store
+
     try:
         with handle_engine_signals(UUID(order["run"])):
             flow_run = FlowRun.model_validate(order["flow_run"])
+            if flow is None:
+                _take_secrets()
             if flow is not None:
                 # A run that names its deployment watches for its suspension (0.3 s), and one that names its
                 # pool asks for it to describe each event. A job is never suspended.
                 flow_run = flow_run.model_copy(update=dict.fromkeys(_UNNAMED))
-            result = run_flow(flow or load_flow(flow_run), flow_run=flow_run)
+            result = run_flow(flow or keep_results_in_store(load_flow(flow_run)), flow_run=flow_run)
             if asyncio.iscoroutine(result):
                 asyncio.run(result)
         return 0
@@ -145,6 +153,16 @@ def _execute(order: dict[str, Any], flow: Any) -> int:
     finally:
         for service in (EventsWorker, APILogWorker):  # task runs reach Prefect as events
             service.drain_all(timeout=_DRAIN_SECONDS)
+
+
+def _take_secrets() -> None:
+    """A flow of the user's own, which has no entrypoint, reads them where any program does.
+
+    What it logs is redacted here, for Prefect gets it straight from this process.
+    """
+    if values := wire.request("secrets")["values"]:
+        os.environ.update(values)
+        redact_logging(Redaction(values.values()))
 
 
 def _reap(channel: socket.socket, children: dict[int, str]) -> None:

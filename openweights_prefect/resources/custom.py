@@ -37,14 +37,17 @@ RESERVED_NAMES = frozenset(
         "logprob",
         "mmlu_pro",
         "org_name",
+        "organization",
         "organization_id",
         "run",
         "runs",
+        "secrets",
         "settings",
         "supabase_key",
         "supabase_url",
         "sweep",
         "sync_chat",
+        "tokens",
         "use_async",
         "weighted_sft",
     ]
@@ -86,8 +89,8 @@ class Jobs(StoredJobs):
         """Submit a job: the fields of `params`, and the options of every job.
 
         Options: `allowed_hardware`, `requires_vram_gb`, `docker_image`, `job_id_suffix`, `priority`,
-        `max_price_per_hour`, `timeout` (seconds), `retries`, `env`. Submitting the same job again gives
-        the job that exists.
+        `max_price_per_hour`, `timeout` (seconds), `retries`, `env`, `secrets` (names). Submitting the same
+        job again gives the job that exists.
         """
         kind = type(self)
         if not kind.name:

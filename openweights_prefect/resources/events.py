@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from datetime import datetime
@@ -9,13 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from openweights_prefect.errors import ConfigurationError, InvalidParameterError, NotFoundError
 from openweights_prefect.ledger.protocol import Row
-from openweights_prefect.resources.patience import Pace, patient
-from openweights_prefect.resources.session import MAX_ROWS, Session
+from openweights_prefect.resources.patience import Pace, live_pause, patient, sleep_until_end
+from openweights_prefect.resources.session import Session
 from openweights_prefect.types.canonical import decode_event
 from openweights_prefect.types.job import FINAL_STATUSES, parse_time
 
 if TYPE_CHECKING:
     import pandas  # type: ignore[import-untyped,unused-ignore]  # without pandas-stubs
+
+_PAGE_ROWS = 500  # Some tens of milliseconds, and round trips that do not count beside them.
 
 
 class Event(TypedDict):
@@ -76,13 +79,15 @@ class Events:
     ) -> Iterator[Event]:
         """Yield events as they come, until the job or run has ended, or for `timeout` seconds."""
         scope = _scope(job_id, run_id)
-        pace = Pace(timeout)
+        sleep = sleep_until_end(self._session.ledger, job_id) if job_id is not None else time.sleep
+        pace = Pace(timeout, rhythm=live_pause, sleep=sleep)
         session = patient(self._session, pace)
         while True:
             # Looked at first: what is final logs nothing more.
             final = _is_final(session, scope)
             for event in read_events(session, scope, after=after):
                 after = event["id"]
+                pace.news()
                 yield event
             if final or not pace.pause():
                 return
@@ -95,9 +100,9 @@ Scope = dict[str, Any]
 def read_events(session: Session, scope: Scope, *, after: int = 0) -> Iterator[Event]:
     """Read every event, page by page."""
     while True:
-        rows = session.ledger.call("list_events", **scope, after_id=after, max_rows=MAX_ROWS)
+        rows = session.ledger.call("list_events", **scope, after_id=after, max_rows=_PAGE_ROWS)
         yield from map(_event, rows)
-        if len(rows) < MAX_ROWS:
+        if len(rows) < _PAGE_ROWS:
             return
         after = rows[-1]["id"]
 

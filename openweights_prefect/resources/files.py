@@ -116,11 +116,12 @@ def store_file(
 ) -> File:
     """Store content of a known digest, then its row: a row exists only for a file that is complete."""
     identity = file_id(purpose, digest.id_hex12)
+    name = str(safe_relative_path(filename))
     session.store.put(identity, session.organization_id, source)
     description = {
         "id": identity,
         "purpose": purpose,
-        "filename": filename,
+        "filename": name,
         "bytes": digest.bytes,
         "sha256": digest.sha256,
     }

@@ -12,7 +12,7 @@ from openweights_prefect.resources.download import download_run
 from openweights_prefect.resources.events import Event, latest_values, read_events, run_scope
 from openweights_prefect.resources.files import PathLike
 from openweights_prefect.resources.logs import job_lines, job_runs, last_lines
-from openweights_prefect.resources.patience import Pace, patient
+from openweights_prefect.resources.patience import Pace, patient, sleep_until_end
 from openweights_prefect.resources.runs import Run, column
 from openweights_prefect.resources.session import MAX_ROWS, Session
 from openweights_prefect.types.job import FINAL_STATUSES, JobColumns
@@ -95,7 +95,7 @@ class Job(JobColumns):
         """
         from openweights_prefect.resources.progress import show_progress  # Rich is slow to import.
 
-        pace = Pace(timeout)
+        pace = Pace(timeout, sleep=sleep_until_end(self._session.ledger, self.id))
         session = patient(self._session, pace)
         activity = _Activity()
         with show_progress(self.id, enabled=progress) as display:

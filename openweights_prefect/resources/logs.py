@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from openweights_prefect.errors import NotFoundError
-from openweights_prefect.resources.patience import Pace, patient
+from openweights_prefect.resources.patience import Pace, live_pause, patient
 from openweights_prefect.resources.session import MAX_ROWS, Session
 from openweights_prefect.types.job import FINAL_STATUSES
 from openweights_prefect.types.run import RunColumns
@@ -64,7 +64,7 @@ class LogReader:
 
 def run_lines(session: Session, run_id: str, *, follow: bool = False) -> Iterator[str]:
     """The lines of one run; with `follow`, also those that are still to come."""
-    pace = Pace(None)
+    pace = Pace(None, rhythm=live_pause)
     if follow:
         session = patient(session, pace)
     reader = LogReader(session, run_id)
@@ -73,7 +73,9 @@ def run_lines(session: Session, run_id: str, *, follow: bool = False) -> Iterato
         if not follow or is_over(run):
             yield from reader.rest(run)
             return
-        yield from reader.new_lines()
+        for line in reader.new_lines():
+            pace.news()
+            yield line
         pace.pause()
 
 

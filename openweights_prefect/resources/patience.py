@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
 
 from openweights_prefect.errors import InvalidParameterError, LedgerUnavailable
-from openweights_prefect.ledger.protocol import Ledger, Row
+from openweights_prefect.ledger.protocol import Ledger, Notifying, Row
 from openweights_prefect.resources.session import Session
 
 OUTAGE_SECONDS = 300.0
@@ -16,12 +17,16 @@ _LAST_LOOK_SECONDS = 0.5  # A healthy ledger answers a wait of no time, too.
 
 
 class Pace:
-    """The pauses of one wait: short at first, longer later, never beyond its end."""
+    """The pauses of one wait: short at first, longer later, never beyond its end.
+
+    `rhythm` gives a pause from the seconds since the beginning, or since the last `news()`.
+    """
 
     def __init__(
         self,
         timeout: float | None,
         *,
+        rhythm: Callable[[float], float] | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -29,7 +34,8 @@ class Pace:
             raise InvalidParameterError(f"timeout={timeout!r} is not a number of seconds, 0 or more.")
         self._clock = clock
         self._sleep = sleep
-        self._start = clock()
+        self._rhythm = rhythm or pause_after
+        self._start = self._news_at = clock()
         self._timeout = timeout
 
     def pause(self) -> bool:
@@ -42,11 +48,16 @@ class Pace:
 
     def next_pause(self) -> float | None:
         """How long to sleep now; None when the time is up."""
-        elapsed = self._clock() - self._start
+        now = self._clock()
+        pause = self._rhythm(now - self._news_at)
         if self._timeout is None:
-            return pause_after(elapsed)
-        left = self._timeout - elapsed
-        return min(pause_after(elapsed), left) if left > 0 else None
+            return pause
+        left = self._timeout - (now - self._start)
+        return min(pause, left) if left > 0 else None
+
+    def news(self) -> None:
+        """Something was found: what follows it is looked for sooner."""
+        self._news_at = self._clock()
 
     def _left(self) -> float | None:
         if self._timeout is None:
@@ -70,6 +81,18 @@ class Pace:
 def pause_after(elapsed_seconds: float) -> float:
     """A job that was just submitted may be done at once; nobody looks twice a second for days."""
     return 0.1 if elapsed_seconds < 2 else min(2.0, max(0.5, elapsed_seconds / 60))
+
+
+def live_pause(quiet_seconds: float) -> float:
+    """For what is shown as it comes: five looks a second while it comes, one when it is quiet."""
+    return min(1.0, max(0.2, quiet_seconds / 5))
+
+
+def sleep_until_end(ledger: Ledger, job_id: str) -> Callable[[float], None]:
+    """A sleep that ends with the job, where the ledger can tell."""
+    if isinstance(ledger, Notifying):
+        return functools.partial(ledger.wait_for_change, job_id)
+    return time.sleep
 
 
 class PatientLedger:

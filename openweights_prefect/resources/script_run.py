@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import logging
+import os
 import secrets
 import shlex
 import shutil
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 from uuid import uuid4
 
-from openweights_prefect.errors import LedgerUnavailable
+from openweights_prefect.errors import ConflictError, LedgerUnavailable, OpenWeightsError
 from openweights_prefect.resources.files import Files
 from openweights_prefect.resources.session import Session
 from openweights_prefect.runtime import spool
@@ -44,10 +44,12 @@ class ScriptRun:
         self._boot = uuid4()
         self._folder = Path(tempfile.mkdtemp(prefix="ow-script-"))
         self._spool = self._folder / "events.jsonl"
-        self._offset = 0
+        self._reader = spool.SpoolReader(self._spool)
+        self._batch = spool.Batch([], 0)  # read, not yet stored
         self._sequence = 0
         self._shipping = threading.Lock()
         self._closed = threading.Event()
+        self._process = os.getpid()  # A forked child must not end it.
         self._failure: str | None = None
         self._call("open_script", for_job=self.job_id, for_run=self._id, command=shlex.join(sys.argv))
         self._watch_exit()
@@ -66,26 +68,34 @@ class ScriptRun:
         return file_id
 
     def flush(self) -> None:
-        """Return when everything that was logged is stored; raises `LedgerUnavailable` when it cannot be."""
+        """Return when everything that was logged is stored.
+
+        Raises:
+            LedgerUnavailable: It cannot be stored now; what was logged is tried again.
+            ConflictError: The run has ended, because its lease had run out.
+        """
+        spool.settle()
         with self._shipping:
-            while True:
-                events, offset = spool.read_batch(self._spool, self._offset)
-                if not events:
+            end = self._reader.end()
+            while self._batch.events or self._batch.end < end:
+                stored_to = self._batch.end
+                if not self._batch.events:
+                    self._batch = self._reader.read()
+                if self._batch.events:
+                    self._store(self._batch.events)
+                elif self._batch.end == stored_to:  # an unfinished last line
                     return
-                self._call("append_events", for_run=self._id, first_sequence=self._sequence, batch=events)
-                self._sequence += len(events)
-                self._offset = offset
 
     def close(self) -> None:
         """Send the rest and end the run; silent when already closed."""
-        if self._closed.is_set():
+        if self._closed.is_set() or os.getpid() != self._process:
             return
         self._closed.set()
         result = "completed" if self._failure is None else "failed"
         try:
             self.flush()
             self._call("finish_run", for_run=self._id, result=result, why=self._failure)
-        except LedgerUnavailable as exc:
+        except OpenWeightsError as exc:
             logger.error("Events of run %s were not sent; they are kept in %s: %s", self.id, self._spool, exc)
             return
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -94,12 +104,26 @@ class ScriptRun:
         waited = 0.0
         while not self._closed.wait(_SHIP_SECONDS):
             waited += _SHIP_SECONDS
-            # What cannot be sent now stays in the spool.
-            with contextlib.suppress(LedgerUnavailable):
+            try:
                 self.flush()
                 if waited >= _RENEW_SECONDS:
                     waited = 0.0
                     self._call("renew_script", for_run=self._id)
+            except LedgerUnavailable:
+                pass  # What cannot be sent now stays in the spool.
+            except OpenWeightsError as exc:
+                logger.error("Events of run %s are not sent any more: %s", self.id, exc)
+                return
+
+    def _store(self, events: list[dict[str, Any]]) -> None:
+        [answer] = self._call("append_events", for_run=self._id, first_sequence=self._sequence, batch=events)
+        if answer["outcome"] != "stored":
+            raise ConflictError(
+                f"Run {self.id} has ended in the ledger ({answer['outcome']}): this script was silent for "
+                f"longer than its lease of {_LEASE_SECONDS} s. What it logs is only in {str(self._spool)!r}."
+            )
+        self._sequence += len(events)
+        self._batch = self._batch._replace(events=[])
 
     def _call(self, function: str, **arguments: Any) -> list[dict[str, Any]]:
         if function in ("open_script", "renew_script"):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from openweights_prefect.errors import InvalidParameterError
 from openweights_prefect.files.store import FileStore
-from openweights_prefect.ledger.protocol import Ledger
+from openweights_prefect.ledger.protocol import Ledger, Row
 from openweights_prefect.settings import Settings
 
 MAX_ROWS = 1000
@@ -37,3 +38,14 @@ def check_choice(name: str, value: str | None, choices: tuple[str, ...]) -> str 
     if value is not None and value not in choices:
         raise InvalidParameterError(f"{name}={value!r} is none of {', '.join(choices)}.")
     return value
+
+
+def every_row(ledger: Ledger, function: str, *, key: str) -> Iterator[Row]:
+    """All rows of a list of the ledger; `key` is the column that the next page starts behind."""
+    after: str | None = None
+    while True:
+        rows = ledger.call(function, max_rows=MAX_ROWS, after_id=after)
+        yield from rows
+        if len(rows) < MAX_ROWS:
+            return
+        after = rows[-1][key]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from openweights_prefect.errors import ConflictError, InvalidParameterError
+from openweights_prefect.errors import BudgetExceeded, ConflictError, InvalidParameterError
 from openweights_prefect.files.folders import walk_folder
 from openweights_prefect.files.hashing import Digest, digest_path
 from openweights_prefect.files.validation import validate_jsonl
 from openweights_prefect.jobs.request import JobRequest
+from openweights_prefect.jobs.secrets import unknown_secrets
 from openweights_prefect.resources.files import store_file
 from openweights_prefect.resources.job import Job
 from openweights_prefect.resources.session import Session
@@ -20,6 +22,8 @@ from openweights_prefect.types.job import JobColumns
 from openweights_prefect.types.paths import safe_relative_path
 
 MOUNT_PURPOSE = "custom_job_file"
+
+logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 3
 _UPLOADS_AT_ONCE = 4
@@ -50,12 +54,19 @@ def submit(
 
     Missing files are uploaded from `local_files` (by target), only when the ledger asks for them. Raises
     `InvalidParameterError` for a file that is neither stored nor local, naming it by `parameters` (file id ->
-    parameter).
+    parameter), and for secrets that the organization does not have.
     """
     row = request.row(organization_id=session.organization_id, default_image=session.settings.image)
     local = {file.id: file for file in local_files.values()}
     for _ in range(_ATTEMPTS):
         [answer] = session.ledger.call("submit_job", job=row)
+        if answer["outcome"] == "limit":
+            raise BudgetExceeded(
+                f"Job {row['id']!r} was not submitted: the token has used up its spending limit. An admin "
+                "raises it with `ow token limit` or `ow.tokens.set_limit`."
+            )
+        if answer["outcome"] == "missing_secrets":
+            raise unknown_secrets(answer["missing"])
         if answer["outcome"] != "missing_files":
             return Job(session, JobColumns.from_row(answer["job"]))
         _upload(session, local, parameters or {}, answer["missing"])
@@ -100,7 +111,10 @@ def _files(source: str, target: str) -> Iterable[tuple[str, Path]]:
     path = Path(source).expanduser()
     if path.is_dir():
         folder = "" if target in ("", ".", "./") else f"{target}/"
-        return [(folder + file.target, file.path) for file in walk_folder(path).files]
+        listing = walk_folder(path)
+        if left_out := listing.left_out():
+            logger.warning("Mount %r leaves out %s", source, left_out)
+        return [(folder + file.target, file.path) for file in listing.files]
     if not path.exists():
         raise InvalidParameterError(
             f"Mount source {source!r} (for target {target!r}) does not exist; "

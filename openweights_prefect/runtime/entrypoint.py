@@ -30,7 +30,7 @@ _INHERITED = (
     "REQUESTS_CA_BUNDLE",
 )
 _INHERITED_PREFIXES = ("CUDA", "NVIDIA_", "NCCL_", "HF_", "TORCH_", "RUNPOD_")
-_SECRET = ("RUNPOD_API_KEY",)
+_SECRET = ("RUNPOD_API_KEY", "HF_TOKEN")  # a job has the secrets that it names, and no other
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,9 @@ class RunFolder:
         return dict(json.loads((self.path / "job.json").read_text(encoding="utf-8")))
 
 
-def job_environment(folder: RunFolder, job: Mapping[str, Any], *, job_python: str) -> dict[str, str]:
+def job_environment(
+    folder: RunFolder, job: Mapping[str, Any], *, job_python: str, secrets: Mapping[str, str]
+) -> dict[str, str]:
     """The environment of an entrypoint: what the job named, what a GPU needs, and the way to its agent."""
     inherited = {
         name: value
@@ -85,6 +87,7 @@ def job_environment(folder: RunFolder, job: Mapping[str, Any], *, job_python: st
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",
         **{str(name): str(value) for name, value in (job.get("env") or {}).items()},
+        **secrets,
         "PATH": f"{Path(job_python).parent}{os.pathsep}{path}" if job_python else path,
         "PYTHONPATH": str(folder.library),
         "N_GPUS": os.environ.get("N_GPUS", "0"),
@@ -98,8 +101,10 @@ def job_environment(folder: RunFolder, job: Mapping[str, Any], *, job_python: st
 async def run_entrypoint(folder: RunFolder, job: Mapping[str, Any], *, job_python: str) -> int:
     """Run the job's command to its end and return its exit code, negative for a signal.
 
-    Output goes where this process's own goes: straight into the run's log file.
+    Output goes where this process's own goes: straight into the run's log file. The job's secrets come from
+    the agent at the last moment, and are in the environment of the command alone.
     """
+    secrets = wire.request("secrets")["values"] if job.get("secrets") else {}
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-I",
@@ -109,7 +114,7 @@ async def run_entrypoint(folder: RunFolder, job: Mapping[str, Any], *, job_pytho
         "-c",
         str(job["entrypoint"]),
         cwd=folder.work,
-        env=job_environment(folder, job, job_python=job_python),
+        env=job_environment(folder, job, job_python=job_python, secrets=secrets),
         stdin=asyncio.subprocess.DEVNULL,
         start_new_session=True,
     )

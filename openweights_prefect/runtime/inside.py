@@ -58,6 +58,7 @@ class CurrentRun:
 
     def flush(self) -> None:
         """Return when everything that was logged is stored in the ledger."""
+        spool.settle()
         wire.request("flush")
 
 

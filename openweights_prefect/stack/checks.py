@@ -7,12 +7,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from openweights_prefect.errors import OpenWeightsError
+from openweights_prefect.files.selection import open_store
+from openweights_prefect.files.store import LocalFileStore
 from openweights_prefect.ledger import migrator
+from openweights_prefect.ledger.connect import access_tokens, connect
 from openweights_prefect.ledger.postgres import local_ledger
 from openweights_prefect.settings import Settings
 from openweights_prefect.stack import databases, health
@@ -23,6 +27,7 @@ from openweights_prefect.stack.up import LEAST_FREE_BYTES
 JOB_LIBRARIES = ("torch", "trl", "transformers", "peft")
 _IMPORT_SECONDS = 180
 _OLDEST_PYTHON = (3, 11)
+_NO_FILE = "probe:file-000000000000"
 _START = "Run `ow up`."
 
 
@@ -38,31 +43,43 @@ class Check:
 
 
 def check_all(settings: Settings) -> Iterator[Check]:
-    """Run every check, one after the other; none raises an error of ours."""
-    checks: tuple[tuple[str, Callable[[Settings], Check]], ...] = (
+    """Run every check, one after the other; none raises an error of ours.
+
+    For who uses a hosted ledger, the machines behind it are others' to look after: those checks are left out
+    unless `PREFECT_API_URL` says that they run here.
+    """
+    here: tuple[tuple[str, Callable[[Settings], Check]], ...] = (
         ("settings", _settings),
         ("python", _python),
         ("disk", _disk),
+    )
+    ledger: tuple[tuple[str, Callable[[Settings], Check]], ...] = (
         ("postgresql", _postgresql),
         ("ledger", _ledger),
+    )
+    control: tuple[tuple[str, Callable[[Settings], Check]], ...] = (
         ("prefect", _prefect),
         ("work pool", _work_pool),
         ("worker", _worker),
         ("runpod", _runpod),
         ("job interpreter", _job_interpreter),
-        ("file store", _file_store),
     )
-    for name, check in checks:
+    if settings.supabase_url:
+        ledger = (("ledger", _hosted_ledger),)
+        control = control[:-1] if settings.prefect_api_url else ()
+    for name, check in (*here, *ledger, *control, ("file store", _file_store)):
         try:
             yield check(settings)
         except OpenWeightsError as exc:
-            yield Check(name, False, str(exc), _START)
+            yield Check(name, False, str(exc), "" if settings.supabase_url else _START)
 
 
 def _settings(settings: Settings) -> Check:
-    if settings.database_url:
-        return Check("settings", True, f"home {str(settings.home)!r}")
-    mend = "Run `ow up` to start the local stack, or set `OW_DATABASE_URL`."
+    name = "supabase_url" if settings.supabase_url else "database_url"
+    if settings.supabase_url or settings.database_url:
+        where = f"ledger {databases.ledger_address(settings)} from {Settings.origin_of(name)}"
+        return Check("settings", True, f"home {str(settings.home)!r}, {where}")
+    mend = "Run `ow up` to start the local stack, `ow login` to use another, or set `OW_DATABASE_URL`."
     return Check("settings", False, f"no ledger is configured in {str(settings.home)!r}", mend)
 
 
@@ -99,6 +116,13 @@ def _ledger(settings: Settings) -> Check:
     finally:
         ledger.close()
     return Check("ledger", True, f"migrated; organization {answer['organization_id']}")
+
+
+def _hosted_ledger(settings: Settings) -> Check:
+    with closing(connect(settings, patience_seconds=5)) as ledger:
+        info = ledger.call("whoami")[0]
+    who = info["email"] or info["user_id"]
+    return Check("ledger", True, f"answers; {who} is {info['role']} of {info['organization_name']!r}")
 
 
 def _prefect(settings: Settings) -> Check:
@@ -164,6 +188,11 @@ def _job_interpreter(settings: Settings) -> Check:
 
 
 def _file_store(settings: Settings) -> Check:
+    access = access_tokens(settings)
+    store = open_store(settings, bearer=access.bearer if access else None)
+    if not isinstance(store, LocalFileStore):
+        store.exists(_NO_FILE, settings.organization_id)
+        return Check("file store", True, f"{settings.file_store or 'that of the project'} answers")
     folder: Path = settings.files_folder
     try:
         with tempfile.TemporaryFile(dir=folder) as probe:

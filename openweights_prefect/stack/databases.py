@@ -63,6 +63,16 @@ def in_use(folders: Folders, settings: Settings) -> Databases:
     return locate(folders, own=url)
 
 
+def ledger_address(settings: Settings) -> str:
+    """Where the ledger of the settings is, for people: without a user or a password."""
+    if settings.supabase_url:
+        return settings.supabase_url
+    if in_use(Folders(settings.home), settings).is_embedded:
+        return f"embedded PostgreSQL in {settings.home}"
+    parts = urlsplit(settings.database_url)
+    return f"PostgreSQL at {parts.hostname or 'a local socket'}{parts.path}"
+
+
 def prepare_prefect(databases: Databases) -> None:
     """Create Prefect's database if it is missing."""
     owner = _PREFECT if databases.is_embedded else None

@@ -1,4 +1,4 @@
-"""Registers the deployments as soon as Prefect answers; `python -m` runs it.
+"""Registers deployments and block types as soon as Prefect answers; `python -m` runs it.
 
 A process of its own, because importing Prefect takes seconds: it does so while the server boots.
 """
@@ -9,6 +9,8 @@ import asyncio
 import sys
 import time
 
+from openweights_prefect.credentials import BLOCK_TYPES
+from openweights_prefect.orchestration.block_documents import register_types
 from openweights_prefect.orchestration.deployments import register_deployments
 from openweights_prefect.settings import Settings
 from openweights_prefect.stack import health
@@ -25,8 +27,12 @@ def main() -> None:
         if time.monotonic() > deadline:
             sys.exit(f"No Prefect API answered at {settings.prefect_api_url}.")
         time.sleep(_POLL_SECONDS)
-    for name in asyncio.run(register_deployments(settings)):
+    for name in asyncio.run(_register(settings)):
         print(name)
+
+
+async def _register(settings: Settings) -> list[str]:
+    return [*await register_deployments(settings), *await register_types(BLOCK_TYPES, settings=settings)]
 
 
 if __name__ == "__main__":

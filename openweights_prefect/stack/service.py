@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-HOME_VARIABLE = "OW_STACK_HOME"
+from openweights_prefect.settings import STACK_VARIABLE
+
+HOME_VARIABLE = STACK_VARIABLE
 """Marks every process of a stack with its home; inherited by what the process starts."""
 SERVICE_VARIABLE = "OW_STACK_SERVICE"
 """Marks the processes of one service; a pod does not carry it."""

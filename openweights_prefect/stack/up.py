@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +13,13 @@ from openweights_prefect.errors import ConfigurationError, StackError
 from openweights_prefect.ledger import embedded
 from openweights_prefect.settings import Settings
 from openweights_prefect.stack import databases, health, ports, processes, services
-from openweights_prefect.stack.addresses import ensure_api_key, write_addresses, write_private
+from openweights_prefect.stack.addresses import (
+    ensure_api_key,
+    make_home,
+    stack_environment,
+    write_addresses,
+    write_private,
+)
 from openweights_prefect.stack.databases import Databases
 from openweights_prefect.stack.environment import common_environment
 from openweights_prefect.stack.locking import exclusive
@@ -37,6 +42,7 @@ def up(
     Idempotent; two at once give one stack. When a step fails, what this call started is stopped again and the
     error says why. Services get an allow-list of `environment`, the user's. `job_python` is remembered.
     """
+    environment = stack_environment(environment)
     settings = Settings.load(environment)
     folders = Folders(settings.home)
     _check_disk(folders)
@@ -196,16 +202,12 @@ def _find_interpreter(job_python: str) -> str:
 
 
 def _make_folders(folders: Folders, settings: Settings) -> None:
-    # The embedded server of root runs as another account, which must walk through, but sees nothing.
-    mode = 0o711 if os.geteuid() == 0 else 0o700
     try:
-        folders.home.parent.mkdir(parents=True, exist_ok=True)
-        if not folders.home.exists():
-            folders.home.mkdir(exist_ok=True)
-            folders.home.chmod(mode)
+        make_home(folders.home)
         for folder in (folders.logs, folders.run, folders.prefect, folders.simulator):
             folder.mkdir(mode=0o700, exist_ok=True)
-        settings.files_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if "://" not in settings.file_store:
+            settings.files_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as exc:
         raise StackError(
             f"The home of the stack {str(folders.home)!r} cannot be used: {exc}. "

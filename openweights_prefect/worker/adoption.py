@@ -92,4 +92,5 @@ def _flow_row(
         "max_price_per_hour": options.max_price_per_hour,
         "priority": options.priority,
         "timeout_seconds": options.timeout,
+        "secrets": options.secrets,
     }

@@ -19,6 +19,7 @@ class RunPodJobConfiguration(BaseJobConfiguration):
     max_price_per_hour: float | None = Field(default=None)
     priority: int = Field(default=0)
     timeout: int | None = Field(default=None)
+    secrets: list[str] | None = Field(default=None)
 
 
 class RunPodVariables(BaseVariables):
@@ -39,6 +40,13 @@ class RunPodVariables(BaseVariables):
     )
     priority: int = Field(default=0, ge=-100, le=100, description="Higher goes first.")
     timeout: int | None = Field(default=None, gt=0, description="The run fails when it takes longer.")
+    secrets: list[str] | None = Field(
+        default=None,
+        description=(
+            "Names of the organization's secrets that the job finds in its environment, such as `HF_TOKEN`. "
+            "Never a value: `ow env set NAME` stores it, and the pod fetches it from there."
+        ),
+    )
 
 
 class RunPodWorkerResult(BaseWorkerResult):

@@ -143,6 +143,7 @@ class Fleet:
                 "OW_LEASE_SECONDS": str(self._settings.lease_seconds),
                 "OW_HEARTBEAT_SECONDS": str(self._settings.heartbeat_seconds),
                 "OW_POD_IDLE_SECONDS": str(self._settings.pod_idle_seconds),
+                **_public_addresses(self._settings),
             },
             price_ceiling=run.max_price_per_hour,
         )
@@ -221,3 +222,19 @@ class Fleet:
     async def _call(self, function: str, **arguments: Any) -> Row:
         rows = await asyncio.to_thread(self._ledger.call, function, **arguments)
         return rows[0]
+
+
+def _public_addresses(settings: Settings) -> dict[str, str]:
+    """Where a pod finds a hosted ledger and what belongs to it; a pod of the local stack reads `stack.json`.
+
+    The provider shows them to everybody in its account: never a token, and never a database URL.
+    """
+    if not settings.supabase_url:
+        return {}
+    addresses = {
+        "SUPABASE_URL": settings.supabase_url,
+        "SUPABASE_ANON_KEY": settings.supabase_key,
+        "PREFECT_API_URL": settings.prefect_api_url,
+        "OW_FILE_STORE": settings.file_store,
+    }
+    return {name: value for name, value in addresses.items() if value}

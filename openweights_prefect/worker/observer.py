@@ -31,9 +31,12 @@ from openweights_prefect.worker.fleet import Fleet
 
 logger = logging.getLogger(__name__)
 
+_SECOND_LOOK_SECONDS = 0.2
 _PASS_SECONDS = 2.0
 _AGREE_SECONDS = 1.5
 _RECONCILE_SECONDS = 5.0
+_EXPIRE_SECONDS = 3600.0
+_EXPIRE_ROWS = 10_000
 _CREATES_AT_ONCE = 4
 _EXPECTED = (OpenWeightsError, httpx.HTTPError, ObjectNotFound, OSError)
 
@@ -58,6 +61,7 @@ class Observer:
             group.create_task(self._loop("placement", self.place_once, _PASS_SECONDS, self._wake))
             group.create_task(self._loop("agreement with Prefect", self.agree_once, _AGREE_SECONDS, None))
             group.create_task(self._loop("reconciliation", self.reconcile_once, _RECONCILE_SECONDS, None))
+            group.create_task(self._loop("retention", self.expire_once, _EXPIRE_SECONDS, None))
 
     async def place_once(self) -> None:
         """One pass: flow runs for jobs without one, hints, purchases, reasons."""
@@ -86,6 +90,14 @@ class Observer:
             await asyncio.to_thread(self._ledger.call, expire)
         snapshot = await self._call("control_snapshot")
         await self._fleet.reconcile([Pod.from_row(row) for row in snapshot["pods"]])
+
+    async def expire_once(self) -> None:
+        """One pass: events older than the retention of the settings, a batch at a time."""
+        days = self._settings.event_retention_days
+        while days > 0:
+            answer = await self._call("expire_events", older_than_days=days, max_rows=_EXPIRE_ROWS)
+            if answer["deleted"] < _EXPIRE_ROWS:
+                return
 
     async def adopt(self, flow_runs: Sequence[FlowRun], base_template: dict[str, Any]) -> None:
         """Take up scheduled flow runs that the ledger does not know; the next poll tries again what fails."""
@@ -225,6 +237,8 @@ class Observer:
     async def _listen(self) -> None:
         async for _ in notifications(self._settings.database_url, "ow_control"):
             self._wake.set()
+            # Of changes at the same moment only one notifies, and it may be seen before the others.
+            asyncio.get_running_loop().call_later(_SECOND_LOOK_SECONDS, self._wake.set)
 
     async def _loop(self, name: str, once: Any, seconds: float, wake: asyncio.Event | None) -> None:
         while True:

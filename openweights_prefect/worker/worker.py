@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import Any
 
 import anyio.abc
@@ -11,7 +13,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.workers.base import BaseWorker
 
 from openweights_prefect.errors import OpenWeightsError
-from openweights_prefect.ledger.connect import connect
+from openweights_prefect.ledger.connect import check_organization, connect
 from openweights_prefect.orchestration.flow_runs import FlowRuns
 from openweights_prefect.provisioning.runpod.client import RunPodClient
 from openweights_prefect.settings import Settings
@@ -49,6 +51,9 @@ class RunPodWorker(BaseWorker[RunPodJobConfiguration, RunPodVariables, RunPodWor
         settings = Settings.load()
         ledger = connect(settings, role="ow_worker")
         self._resources.callback(ledger.close)
+        # A token knows its organization; the settings may not.
+        organization_id = await asyncio.to_thread(check_organization, settings, ledger)
+        settings = replace(settings, organization_id=organization_id)
         flow_runs = await self._resources.enter_async_context(FlowRuns.connect(settings))
         provider = RunPodClient(base_url=settings.runpod_api_url, api_key=settings.runpod_api_key)
         fleet = Fleet(provider=provider, ledger=ledger, settings=settings)

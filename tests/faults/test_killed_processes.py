@@ -106,10 +106,8 @@ def test_an_attempt_that_died_between_its_result_and_its_end(stack: Stack, ow: O
     first = job.wait(timeout=60, progress=False).runs[-1].id
     outputs = job.outputs
     stack.sql("update ledger.runs set status = 'lost', mirrored = false where id = %s", first)
-    stack.sql(
-        "update ledger.jobs set status = 'pending', attempt = 2, outputs = null, finished_at = null where id = %s",
-        job.id,
-    )
+    pending = "status = 'pending', attempt = 2, outputs = null, finished_at = null"
+    stack.sql(f"update ledger.jobs set {pending} where id = %s", job.id)
     job.refresh().wait(timeout=60, progress=False)
     assert [run.status for run in job.runs] == ["lost", "completed"]
     assert job.outputs == outputs

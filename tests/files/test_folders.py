@@ -57,6 +57,38 @@ def test_secrets_and_caches_are_never_listed(tmp_path: Path) -> None:
     assert reasons[".owignore"] == "ignore file"
 
 
+NEVER_MOUNTED = [
+    ".env", ".env.local", ".git/config", ".hg/store", ".svn/entries", ".venv/pyvenv.cfg", "__pycache__/a.pyc",
+    "a.pyc", ".cache/a", ".mypy_cache/a", ".pytest_cache/a", ".ruff_cache/a", ".hypothesis/a",
+    ".ipynb_checkpoints/a", ".nox/a", ".tox/a", "node_modules/a", ".DS_Store", "Thumbs.db",
+    ".gitignore", ".owignore",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*NEVER_MOUNTED, *(f"deep/er/{name}" for name in NEVER_MOUNTED)])
+def test_each_name_that_is_never_mounted(tmp_path: Path, name: str) -> None:
+    """At any depth, in other letters too, by itself and through a link; the listing says what it left out."""
+    make(tmp_path, {"kept": "x", name: "\n"})
+    assert targets(tmp_path) == ["kept"]
+    assert [entry.rstrip("/") for entry in skipped(tmp_path)] in ([name], [str(Path(name).parent)])
+    make(tmp_path / "upper", {"kept": "x", name.upper(): "\n"})
+    assert targets(tmp_path / "upper") == ["kept"]
+    (tmp_path / "link").symlink_to(name)
+    assert targets(tmp_path) == ["kept", "upper/kept"]
+
+
+def test_what_is_left_out_is_told(tmp_path: Path) -> None:
+    """Secrets and what ignore files name are told, a few by name; nobody misses a cache."""
+    make(tmp_path, [".env", "data/a", "__pycache__/a", ".git/a", *(f"{number}.log" for number in range(5))])
+    assert walk_folder(tmp_path).left_out() == "'.env' (may hold secrets)"
+    make(tmp_path, {".gitignore": "data/\n", ".owignore": "*.log\n"})
+    assert walk_folder(tmp_path).left_out() == (
+        "'.env' (may hold secrets), '0.log' (ignored by .owignore), '1.log' (ignored by .owignore), "
+        "'2.log' (ignored by .owignore), '3.log' (ignored by .owignore), and 2 more"
+    )
+    assert walk_folder(tmp_path / "data").left_out() == ""
+
+
 def test_ignore_files(tmp_path: Path) -> None:
     """Git's rules hold: anchors, negation, deeper files win; `.owignore` wins over `.gitignore`."""
     make(

@@ -203,6 +203,11 @@ create table ledger.jobs (
 create index jobs_organization_created on ledger.jobs (organization_id, created_at desc, id desc);
 create index jobs_open on ledger.jobs (organization_id, priority desc, created_at)
     where status in ('pending', 'in_progress');
+create index jobs_waiting on ledger.jobs (organization_id, priority desc, created_at) where status = 'pending';
+create index jobs_type on ledger.jobs (organization_id, type, created_at desc, id desc);
+create index jobs_unsuccessful on ledger.jobs (organization_id, status, created_at desc, id desc)
+    where status in ('failed', 'canceled');
+create index jobs_params on ledger.jobs using gin (params);
 create index jobs_token on ledger.jobs (token_id) where token_id is not null;
 
 -- One attempt; its id is the id of its Prefect flow run.
@@ -219,6 +224,7 @@ create table ledger.runs (
     hinted_at timestamptz,
     next_sequence bigint not null default 0,      -- events stored so far
     log_bytes bigint not null default 0,          -- log stored so far
+    latest jsonb default '{}',                    -- newest value of each field logged; null when that is too much to keep
     log_file text,
     error text,
     mirrored boolean not null default false,      -- Prefect shows the final status
@@ -235,6 +241,8 @@ create table ledger.runs (
 create index runs_organization_created on ledger.runs (organization_id, created_at desc, id desc);
 create index runs_open on ledger.runs (organization_id, created_at) where status in ('pending', 'in_progress');
 create index runs_hinted on ledger.runs (organization_id, hinted_worker_id) where hinted_worker_id is not null;
+create index runs_unsuccessful on ledger.runs (organization_id, status, created_at desc, id desc)
+    where status in ('failed', 'canceled', 'lost');
 create index runs_unmirrored on ledger.runs (organization_id) where not mirrored;
 create index runs_worker on ledger.runs (organization_id, worker_id, created_at);
 create index runs_script_leases on ledger.runs (lease_expires_at) where status = 'in_progress' and lease_expires_at is not null;

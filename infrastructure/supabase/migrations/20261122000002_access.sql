@@ -152,14 +152,16 @@ as $$
     where w.organization_id = any (array(select private.my_orgs())) and w.id = private.my_pod()
 $$;
 
--- Jobs that the calling pod may still write: the one it runs, and for a minute the one it ended, whose answer may be lost.
+-- Jobs that the calling pod may write: the one it runs or is pointed at, and for a minute the one it ended, because the
+-- answer may be lost.
 create function private.pod_jobs() returns setof text
 language sql stable security definer
 set search_path = ''
 as $$
     select r.job_id from ledger.runs r
-    where r.organization_id = any (array(select private.my_orgs())) and r.worker_id = private.my_pod()
-      and (r.status = 'in_progress' or r.finished_at > now() - interval '1 minute')
+    where r.organization_id = any (array(select private.my_orgs()))
+      and ((r.worker_id = private.my_pod() and (r.status = 'in_progress' or r.finished_at > now() - interval '1 minute'))
+           or (r.hinted_worker_id = private.my_pod() and r.status = 'pending'))
 $$;
 
 -- Runs of the job that the calling pod runs: an earlier attempt's events are its own history.
@@ -221,10 +223,10 @@ begin
             ('worker', 'ow_worker', 'select insert update', null, null),
             ('worker', 'ow_pod', 'select update', 'id = private.my_pod()', null),
             ('jobs', 'authenticated, ow_worker', 'select insert update', null, null),
-            ('jobs', 'ow_pod', 'select update', 'status = ''pending'' or id = any (array(select private.pod_jobs()))', null),
+            ('jobs', 'ow_pod', 'select update', 'id = any (array(select private.pod_jobs()))', null),
             ('runs', 'authenticated, ow_worker', 'select insert update', null, null),
-            ('runs', 'ow_pod', 'select', 'status = ''pending'' or worker_id = private.my_pod() or id = any (array(select private.pod_runs()))', null),
-            ('runs', 'ow_pod', 'update', 'status = ''pending'' or worker_id = private.my_pod()', 'worker_id = private.my_pod() or status = ''lost'''),
+            ('runs', 'ow_pod', 'select', 'private.my_pod() in (worker_id, hinted_worker_id) or id = any (array(select private.pod_runs()))', null),
+            ('runs', 'ow_pod', 'update', 'private.my_pod() in (worker_id, hinted_worker_id)', 'worker_id = private.my_pod()'),
             ('events', 'authenticated', 'select insert', null, null),
             ('events', 'ow_worker', 'select delete', null, null),
             ('events', 'ow_pod', 'select', 'run_id = any (array(select private.pod_runs()))', null),

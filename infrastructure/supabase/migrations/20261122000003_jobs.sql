@@ -6,11 +6,20 @@ language sql
 set search_path = ''
 as $$ select pg_notify(channel, payload) $$;
 
--- Wakes the workers of the control plane.
+-- Wakes the workers of the control plane. Commits that notify wait for each other, so of those that happen at the
+-- same moment only one does: a worker looks a second time shortly after it was woken.
 create function private.wake_workers() returns void
-language sql
+language plpgsql
 set search_path = ''
-as $$ select pg_notify('ow_control', private.my_org()::text) $$;
+as $$
+declare
+    org uuid := private.my_org();
+begin
+    if pg_try_advisory_xact_lock(hashtextextended('ow_control:' || org::text, 0)) then
+        perform pg_notify('ow_control', org::text);
+    end if;
+end
+$$;
 
 -- Files ---------------------------------------------------------------------------------------
 
@@ -51,14 +60,22 @@ as $$ select to_jsonb(f) from ledger.files f where f.id = any (ids) $$;
 
 create function public.list_files(for_purpose text default null, max_rows int default 100, after_id text default null)
 returns setof jsonb
-language sql stable
+language plpgsql stable
 set search_path = ''
+set plan_cache_mode = 'force_custom_plan'
 as $$
-    select to_jsonb(f) from ledger.files f
-    where (for_purpose is null or f.purpose = for_purpose)
-      and (after_id is null or (f.created_at, f.id) < (select a.created_at, a.id from ledger.files a where a.id = after_id))
-    order by f.created_at desc, f.id desc
-    limit max_rows
+declare
+    org uuid := private.my_org();
+    seen_at timestamptz := (select a.created_at from ledger.files a where a.organization_id = org and a.id = after_id);
+begin
+    return query
+        select to_jsonb(f) from ledger.files f
+        where f.organization_id = org
+          and (for_purpose is null or f.purpose = for_purpose)
+          and (after_id is null or (f.created_at, f.id) < (seen_at, after_id))
+        order by f.created_at desc, f.id desc
+        limit max_rows;
+end
 $$;
 
 -- Refuses while an unfinished job reads the file.
@@ -122,6 +139,7 @@ language plpgsql
 set search_path = ''
 as $$
 declare
+    org uuid := private.my_org();
     wanted ledger.jobs := jsonb_populate_record(null::ledger.jobs, job);
     missing text[];
     held ledger.jobs;
@@ -131,8 +149,12 @@ begin
         raise exception 'the job takes % bytes as JSON; 1000000 are allowed, and larger things belong into files',
             octet_length(job::text) using errcode = '22023';
     end if;
-    select * into held from ledger.jobs j where j.id = wanted.id for update;
-    if not found or held.status in ('failed', 'canceled') then
+    -- Without a lock: what is waiting, running or completed is only looked at.
+    select * into held from ledger.jobs j where j.organization_id = org and j.id = wanted.id;
+    if held.status in ('failed', 'canceled') then
+        select * into held from ledger.jobs j where j.organization_id = org and j.id = wanted.id for update;
+    end if;
+    if held.id is null or held.status in ('failed', 'canceled') then
         missing := private.missing_secrets(coalesce(wanted.secrets, held.secrets));
         if missing is not null then
             return query select jsonb_build_object('outcome', 'missing_secrets', 'missing', to_jsonb(missing));
@@ -152,15 +174,18 @@ begin
         insert into ledger.jobs (id, organization_id, type, model, params, mounts, files, secrets, entrypoint, docker_image,
             requires_vram_gb, allowed_hardware, max_price_per_hour, priority, timeout_seconds, retries, env,
             created_by, token_id)
-        values (wanted.id, private.my_org(), wanted.type, wanted.model, coalesce(wanted.params, '{}'),
+        values (wanted.id, org, wanted.type, wanted.model, coalesce(wanted.params, '{}'),
             coalesce(wanted.mounts, '{}'), coalesce(wanted.files, '{}'), coalesce(wanted.secrets, '{}'), wanted.entrypoint,
             wanted.docker_image,
             coalesce(wanted.requires_vram_gb, 0), wanted.allowed_hardware, wanted.max_price_per_hour,
             coalesce(wanted.priority, 0), wanted.timeout_seconds, coalesce(wanted.retries, 0),
             coalesce(wanted.env, '{}'), private.my_user(), private.my_token())
-        on conflict (organization_id, id) do nothing;
+        on conflict (organization_id, id) do nothing
+        returning * into held;
         answer := case when found then 'new' end;
-        select * into held from ledger.jobs j where j.id = wanted.id for update;
+        if answer is null then  -- somebody else inserted it just now
+            select * into held from ledger.jobs j where j.organization_id = org and j.id = wanted.id;
+        end if;
     end if;
     if answer is null then
         answer := case held.status when 'completed' then 'completed'
@@ -169,13 +194,15 @@ begin
                                    else 'joined' end;
         if answer = 'reset' then
             perform private.reset_job(held.id);
-            update ledger.jobs j set secrets = coalesce(wanted.secrets, j.secrets) where j.id = held.id;
+            update ledger.jobs j set secrets = coalesce(wanted.secrets, j.secrets)
+            where j.organization_id = org and j.id = held.id
+            returning * into held;
         end if;
     end if;
     if answer in ('new', 'reset') then
         perform private.wake_workers();
     end if;
-    return query select jsonb_build_object('outcome', answer, 'job', to_jsonb(j)) from ledger.jobs j where j.id = wanted.id;
+    return query select jsonb_build_object('outcome', answer, 'job', to_jsonb(held));
 end
 $$;
 
@@ -184,34 +211,97 @@ language sql stable
 set search_path = ''
 as $$ select to_jsonb(j) from ledger.jobs j where j.id = job_id $$;
 
+-- Lists: the caller's organization by equality, so that an index gives the order and the limit ends the scan;
+-- planned for the arguments at hand, so that a filter that is not used costs nothing.
 create function public.list_jobs(
     with_status text default null, with_type text default null, max_rows int default 10, after_id text default null
 ) returns setof jsonb
-language sql stable
+language plpgsql stable
+set search_path = ''
+set plan_cache_mode = 'force_custom_plan'
+as $$
+declare
+    org uuid := private.my_org();
+    seen_at timestamptz := (select a.created_at from ledger.jobs a where a.organization_id = org and a.id = after_id);
+begin
+    return query
+        select to_jsonb(j) from ledger.jobs j
+        where j.organization_id = org
+          and (with_status is null or j.status = with_status)
+          and (with_type is null or j.type = with_type)
+          and (after_id is null or (j.created_at, j.id) < (seen_at, after_id))
+        order by j.created_at desc, j.id desc
+        limit max_rows;
+end
+$$;
+
+-- What an index on the parameters can answer: true for every match of `wanted`, and for some that are none.
+create function private.params_filter(wanted jsonb) returns jsonpath
+language sql immutable
 set search_path = ''
 as $$
-    select to_jsonb(j) from ledger.jobs j
-    where (with_status is null or j.status = with_status)
-      and (with_type is null or j.type = with_type)
-      and (after_id is null or (j.created_at, j.id) < (select a.created_at, a.id from ledger.jobs a where a.id = after_id))
-    order by j.created_at desc, j.id desc
-    limit max_rows
+    select ('strict ' || coalesce(string_agg(
+        case jsonb_typeof(w.value)
+            when 'object' then (
+                select coalesce(string_agg(format('exists($.** ? (@.%s.%s == %s))', to_jsonb(w.key), to_jsonb(field.key), field.value), ' && '),
+                                format('exists($.** ? (exists(@.%s)))', to_jsonb(w.key)))
+                from jsonb_each(w.value) as field where jsonb_typeof(field.value) not in ('object', 'array'))
+            when 'array' then format('exists($.** ? (exists(@.%s)))', to_jsonb(w.key))
+            else format('exists($.** ? (@.%s == %s))', to_jsonb(w.key), w.value)
+        end, ' && '), 'true == true'))::jsonpath
+    from jsonb_each(wanted) as w
+$$;
+
+create function private.params_match(params jsonb, wanted jsonb) returns boolean
+language sql immutable
+set search_path = ''
+as $$
+    select not exists (
+        select 1 from jsonb_each(wanted) as w
+        where not exists (
+            select 1 from jsonb_path_query(params, format('$.**.%s', to_jsonb(w.key))::jsonpath) as held
+            where held = w.value or (jsonb_typeof(w.value) = 'object' and held @> w.value)))
 $$;
 
 -- Jobs whose parameters hold every given key with that value, at any depth; an object matches by containment.
 create function public.find_jobs(wanted jsonb, max_rows int default 100, after_id text default null) returns setof jsonb
-language sql stable
+language plpgsql stable security definer
 set search_path = ''
+set plan_cache_mode = 'force_custom_plan'
 as $$
-    select to_jsonb(j) from ledger.jobs j
-    where not exists (
-        select 1 from jsonb_each(wanted) as w
-        where not exists (
-            select 1 from jsonb_path_query(j.params, format('$.**.%s', to_json(w.key))::jsonpath) as held
-            where held = w.value or (jsonb_typeof(w.value) = 'object' and held @> w.value)))
-      and (after_id is null or (j.created_at, j.id) < (select a.created_at, a.id from ledger.jobs a where a.id = after_id))
-    order by j.created_at desc, j.id desc
-    limit max_rows
+declare
+    org uuid := private.my_org();
+    may_match jsonpath := private.params_filter(wanted);
+    is_exact boolean := not exists (select from jsonb_each(wanted) as w where jsonb_typeof(w.value) in ('object', 'array'));
+    seen_id text := after_id;
+    seen_at timestamptz := (select a.created_at from ledger.jobs a where a.organization_id = org and a.id = after_id);
+    candidate ledger.jobs;
+    looked_at int;
+    matched int := 0;
+begin
+    loop
+        looked_at := 0;
+        for candidate in
+            select * from ledger.jobs j
+            where j.organization_id = org and j.params @@ may_match
+              and (seen_id is null or (j.created_at, j.id) < (seen_at, seen_id))
+            order by j.created_at desc, j.id desc
+            limit max_rows
+        loop
+            looked_at := looked_at + 1;
+            seen_at := candidate.created_at;
+            seen_id := candidate.id;
+            if is_exact or private.params_match(candidate.params, wanted) then
+                matched := matched + 1;
+                return next to_jsonb(candidate);
+                if matched = max_rows then
+                    return;
+                end if;
+            end if;
+        end loop;
+        exit when looked_at < max_rows;
+    end loop;
+end
 $$;
 
 -- A waiting job is canceled at once; a running one is asked to stop and its pod is told.
@@ -285,54 +375,91 @@ $$;
 create function public.get_run(run_id uuid) returns setof jsonb
 language sql stable
 set search_path = ''
-as $$ select to_jsonb(r) from ledger.runs r where private.known_caller() and r.id = run_id $$;
+as $$ select to_jsonb(r) - 'latest' from ledger.runs r where private.known_caller() and r.id = run_id $$;
 
 -- The newest `max_rows` of those older than `after_id`, oldest of them first.
 create function public.list_runs(
     for_job text default null, for_worker text default null, with_status text default null, max_rows int default 100,
     after_id uuid default null
 ) returns setof jsonb
-language sql stable
+language plpgsql stable
 set search_path = ''
+set plan_cache_mode = 'force_custom_plan'
 as $$
-    select to_jsonb(newest) from (
-        select r.* from ledger.runs r
-        where (for_job is null or r.job_id = for_job)
-          and (for_worker is null or r.worker_id = for_worker)
-          and (with_status is null or r.status = with_status)
-          and (after_id is null or (r.created_at, r.id) < (select a.created_at, a.id from ledger.runs a where a.id = after_id))
-        order by r.created_at desc, r.id desc
-        limit max_rows) as newest
-    order by newest.created_at, newest.id
+declare
+    org uuid := private.my_org();
+    seen_at timestamptz := (select a.created_at from ledger.runs a where a.organization_id = org and a.id = after_id);
+begin
+    return query
+        select to_jsonb(newest) - 'latest' from (
+            select r.* from ledger.runs r
+            where r.organization_id = org
+              and (for_job is null or r.job_id = for_job)
+              and (for_worker is null or r.worker_id = for_worker)
+              and (with_status is null or r.status = with_status)
+              and (after_id is null or (r.created_at, r.id) < (seen_at, after_id))
+            order by r.created_at desc, r.id desc
+            limit max_rows) as newest
+        order by newest.created_at, newest.id;
+end
 $$;
 
+-- Within a run ids and sequence numbers grow together, and a run logs nothing once the next attempt is open:
+-- so a page begins where the index on (run_id, sequence) has its cursor.
 create function public.list_events(
     for_job text default null, for_run uuid default null, after_id bigint default 0, max_rows int default 1000
 ) returns setof jsonb
-language sql stable
+language plpgsql stable
 set search_path = ''
+set plan_cache_mode = 'force_custom_plan'
 as $$
-    select to_jsonb(e) - 'organization_id' from ledger.events e
-    where private.known_caller() and e.run_id in (select r.id from ledger.runs r
-                       where (for_run is null or r.id = for_run) and (for_job is null or r.job_id = for_job))
-      and e.id > after_id
-    order by e.id
-    limit max_rows
+declare
+    org uuid := private.my_org();
+    seen ledger.events;
+    seen_attempt int;
+begin
+    select * into seen from ledger.events e where e.id = after_id and e.organization_id = org;
+    select r.attempt into seen_attempt from ledger.runs r
+    where r.id = seen.run_id and (for_job is null or r.job_id = for_job);
+    return query
+        select page.event from ledger.runs r
+        cross join lateral (
+            select e.id, to_jsonb(e) - 'organization_id' as event from ledger.events e
+            where e.run_id = r.id and e.id > after_id
+              and e.sequence > case when r.id = seen.run_id then seen.sequence else -1 end
+            order by e.sequence
+            limit max_rows) as page
+        where r.organization_id = org and (for_run is null or r.id = for_run) and (for_job is null or r.job_id = for_job)
+          and r.attempt >= coalesce(seen_attempt, 0)
+        order by page.id
+        limit max_rows;
+end
 $$;
 
 -- The newest non-null value per field; all fields when none is named.
 create function public.latest_events(fields text[] default null, for_job text default null, for_run uuid default null)
 returns setof jsonb
-language sql stable
+language plpgsql stable
 set search_path = ''
+set plan_cache_mode = 'force_custom_plan'
 as $$
-    select coalesce(jsonb_object_agg(newest.key, newest.value), '{}') from (
-        select distinct on (d.key) d.key, d.value
-        from ledger.events e, jsonb_each(e.data) as d
-        where private.known_caller() and e.run_id in (select r.id from ledger.runs r
-                           where (for_run is null or r.id = for_run) and (for_job is null or r.job_id = for_job))
-          and d.value <> 'null'::jsonb and (fields is null or d.key = any (fields))
-        order by d.key, e.id desc) as newest
+declare
+    org uuid := private.my_org();
+begin
+    return query
+        select coalesce(jsonb_object_agg(newest.key, newest.value order by newest.attempt), '{}')
+        from ledger.runs r
+        cross join lateral (
+            select r.attempt, d.key, d.value from jsonb_each(r.latest) as d
+            union all
+            (select distinct on (d.key) r.attempt, d.key, d.value
+             from ledger.events e, jsonb_each(e.data) as d
+             where r.latest is null and e.run_id = r.id and d.value <> 'null'::jsonb
+             order by d.key, e.sequence desc)
+        ) as newest
+        where r.organization_id = org and (for_run is null or r.id = for_run) and (for_job is null or r.job_id = for_job)
+          and (fields is null or newest.key = any (fields));
+end
 $$;
 
 -- Pieces of a run's log that end after `after_offset`, in order.
@@ -349,14 +476,22 @@ $$;
 
 create function public.list_workers(with_status text[] default null, max_rows int default 100, after_id text default null)
 returns setof jsonb
-language sql stable
+language plpgsql stable
 set search_path = ''
+set plan_cache_mode = 'force_custom_plan'
 as $$
-    select to_jsonb(w) - 'bootstrap_hash' - 'session_hash' - 'boot' from ledger.worker w
-    where (with_status is null or w.status = any (with_status))
-      and (after_id is null or (w.created_at, w.id) < (select a.created_at, a.id from ledger.worker a where a.id = after_id))
-    order by w.created_at desc, w.id desc
-    limit max_rows
+declare
+    org uuid := private.my_org();
+    seen_at timestamptz := (select a.created_at from ledger.worker a where a.organization_id = org and a.id = after_id);
+begin
+    return query
+        select to_jsonb(w) - 'bootstrap_hash' - 'session_hash' - 'boot' from ledger.worker w
+        where w.organization_id = org
+          and (with_status is null or w.status = any (with_status))
+          and (after_id is null or (w.created_at, w.id) < (seen_at, after_id))
+        order by w.created_at desc, w.id desc
+        limit max_rows;
+end
 $$;
 
 create function public.ping() returns setof jsonb

@@ -76,34 +76,55 @@ as $$
        and (job.max_price_per_hour is null or pod.price_per_hour <= job.max_price_per_hour)
 $$;
 
--- The call of every heartbeat. Brings back whether to stop, and the run to claim next:
--- the one hinted at this pod, else the first that fits and was not hinted at another one just now.
+-- The two calls of a claim are definers: they check the pod once instead of in every statement, and a pod needs no
+-- view of jobs that it does not hold.
 create function public.renew_lease(for_worker text, as_boot uuid, lease_seconds int, models text[]) returns setof jsonb
-language plpgsql
+language plpgsql security definer
 set search_path = ''
 as $$
 declare
+    org uuid := private.my_org();
     pod ledger.worker;
     cancel boolean;
     next_run uuid;
 begin
+    -- A heartbeat that is lost with the machine costs nothing: it does not wait for the disk.
+    perform set_config('synchronous_commit', 'off', true);
     update ledger.worker w
     set heartbeat_at = now(), lease_expires_at = now() + make_interval(secs => lease_seconds), cached_models = models
-    where w.id = for_worker and w.boot = as_boot and w.status in ('active', 'busy', 'draining')
+    where w.organization_id = org and w.id = for_worker and w.id = private.my_pod() and w.boot = as_boot
+      and w.status in ('active', 'busy', 'draining')
     returning * into pod;
     if not found then
         return query select jsonb_build_object('fenced', true);
         return;
     end if;
     if pod.run_id is not null then
-        select j.cancel_requested into cancel from ledger.jobs j join ledger.runs r on r.job_id = j.id where r.id = pod.run_id;
+        select j.cancel_requested into cancel
+        from ledger.runs r join ledger.jobs j on j.organization_id = r.organization_id and j.id = r.job_id
+        where r.id = pod.run_id;
     elsif pod.status = 'active' and not pod.shutdown_requested then
         select r.id into next_run
-        from ledger.runs r join ledger.jobs j on j.id = r.job_id
-        where r.status = 'pending' and j.status = 'pending' and private.fits(j, pod)
-          and (r.hinted_worker_id is null or r.hinted_worker_id = pod.id or r.hinted_at < now() - interval '10 seconds')
-        order by (r.hinted_worker_id is not distinct from pod.id) desc, j.priority desc, r.created_at
+        from ledger.runs r join ledger.jobs j on j.organization_id = r.organization_id and j.id = r.job_id
+        where r.organization_id = org and r.hinted_worker_id = pod.id and r.status = 'pending'
+          and j.status = 'pending' and private.fits(j, pod)
+        order by r.hinted_at
         limit 1;
+        if next_run is null then
+            -- Whoever finds a run hints it at itself: pods that look at the same moment find different ones.
+            update ledger.runs u set hinted_worker_id = pod.id, hinted_at = now()
+            where u.id = (
+                select r.id
+                from ledger.jobs j
+                join ledger.runs r on r.organization_id = j.organization_id and r.job_id = j.id and r.attempt = j.attempt
+                where j.organization_id = org and j.status = 'pending' and r.status = 'pending'
+                  and (r.hinted_worker_id is null or r.hinted_at < now() - interval '10 seconds')
+                  and private.fits(j, pod)
+                order by j.priority desc, j.created_at
+                limit 1
+                for update of r skip locked)
+            returning u.id into next_run;
+        end if;
     end if;
     return query select jsonb_build_object('fenced', false, 'shutdown', pod.shutdown_requested or pod.status = 'draining',
         'cancel', coalesce(cancel, false), 'run_id', pod.run_id, 'next_run', next_run,
@@ -113,21 +134,26 @@ $$;
 
 -- Makes the holder of the lease the executor of the run. The one gate to execution.
 create function public.open_run(for_run uuid, for_worker text, as_boot uuid) returns setof jsonb
-language plpgsql
+language plpgsql security definer
 set search_path = ''
 as $$
 declare
+    org uuid := private.my_org();
     held_job ledger.jobs;
     held_run ledger.runs;
     pod ledger.worker;
     refusal text;
 begin
-    select j.* into held_job from ledger.jobs j join ledger.runs r on r.job_id = j.id where r.id = for_run for update of j;
-    select * into held_run from ledger.runs r where r.id = for_run for update;
-    select * into pod from ledger.worker w where w.id = for_worker for update;
+    select j.* into held_job
+    from ledger.runs r join ledger.jobs j on j.organization_id = r.organization_id and j.id = r.job_id
+    where r.id = for_run and r.organization_id = org for update of j;
+    select * into held_run from ledger.runs r where r.id = for_run and r.organization_id = org for update;
+    select * into pod from ledger.worker w
+    where w.organization_id = org and w.id = for_worker and w.id = private.my_pod() for update;
     refusal := case
         when held_run.id is null then 'unknown run'
-        when held_run.status = 'in_progress' and held_run.boot = as_boot then null
+        when pod.id is null then 'another pod'
+        when held_run.status = 'in_progress' and held_run.boot = as_boot and held_run.worker_id = pod.id then null
         when held_run.status <> 'pending' then 'the run is ' || held_run.status
         when held_job.status <> 'pending' then 'the job is ' || held_job.status
         when held_run.attempt <> held_job.attempt then 'a newer attempt exists'
@@ -139,15 +165,15 @@ begin
         return query select jsonb_build_object('outcome', 'refused', 'reason', refusal);
         return;
     end if;
-    -- In this order: a pod may write a job only while it holds its run.
     update ledger.runs r set status = 'in_progress', worker_id = for_worker, boot = as_boot, started_at = coalesce(r.started_at, now())
     where r.id = for_run;
     update ledger.jobs j set status = 'in_progress', started_at = coalesce(j.started_at, now()), pending_reason = null
-    where j.id = held_job.id;
-    update ledger.worker w set status = 'busy', run_id = for_run, idle_since = null where w.id = for_worker;
-    perform private.notify('ow_job', held_job.id);
-    return query select jsonb_build_object('outcome', 'opened', 'job', to_jsonb(j), 'attempt', held_run.attempt, 'gpu_count', pod.gpu_count)
-    from ledger.jobs j where j.id = held_job.id;
+    where j.organization_id = org and j.id = held_job.id
+    returning * into held_job;
+    update ledger.worker w set status = 'busy', run_id = for_run, idle_since = null
+    where w.organization_id = org and w.id = for_worker;
+    return query select jsonb_build_object('outcome', 'opened', 'job', to_jsonb(held_job), 'attempt', held_run.attempt,
+                                           'gpu_count', pod.gpu_count);
 end
 $$;
 
@@ -158,6 +184,7 @@ set search_path = ''
 as $$
 declare
     held ledger.runs;
+    newest jsonb;
 begin
     select * into held from ledger.runs r
     where r.id = for_run and r.boot = as_boot and r.status = 'in_progress' for update;
@@ -169,17 +196,26 @@ begin
         return query select jsonb_build_object('outcome', 'gap', 'next_sequence', held.next_sequence);
         return;
     end if;
-    insert into ledger.events (organization_id, run_id, sequence, created_at, data, file)
-    select held.organization_id, held.id, first_sequence + e.number - 1,
-           coalesce(to_timestamp((e.item ->> 'at')::double precision), now()), e.item -> 'data', e.item ->> 'file'
-    from jsonb_array_elements(batch) with ordinality as e (item, number)
-    where first_sequence + e.number - 1 >= held.next_sequence
-    order by e.number;
+    with added as (
+        select first_sequence + e.number - 1 as sequence, e.item
+        from jsonb_array_elements(batch) with ordinality as e (item, number)
+        where first_sequence + e.number - 1 >= held.next_sequence
+    ), stored as (
+        insert into ledger.events (organization_id, run_id, sequence, created_at, data, file)
+        select held.organization_id, held.id, a.sequence,
+               coalesce(to_timestamp((a.item ->> 'at')::double precision), now()), a.item -> 'data', a.item ->> 'file'
+        from added a
+        order by a.sequence
+    )
+    select held.latest || coalesce(jsonb_object_agg(d.key, d.value order by a.sequence), '{}') into newest
+    from added a, jsonb_each(a.item -> 'data') as d
+    where held.latest is not null and d.value <> 'null'::jsonb;
     update ledger.runs r
-    set next_sequence = greatest(held.next_sequence, first_sequence + jsonb_array_length(batch))
+    set next_sequence = greatest(held.next_sequence, first_sequence + jsonb_array_length(batch)),
+        latest = case when pg_column_size(newest) <= 100000 then newest end
     where r.id = held.id;
-    return query select jsonb_build_object('outcome', 'stored', 'next_sequence', r.next_sequence)
-                 from ledger.runs r where r.id = held.id;
+    return query select jsonb_build_object('outcome', 'stored', 'next_sequence',
+                                           greatest(held.next_sequence, first_sequence + jsonb_array_length(batch)));
 end
 $$;
 

@@ -10,8 +10,8 @@ as $$
                j.docker_image, j.requires_vram_gb,
                j.allowed_hardware, j.max_price_per_hour, j.priority, j.created_at, j.pending_reason,
                r.hinted_worker_id, extract(epoch from now() - r.hinted_at) as hinted_seconds_ago
-        from ledger.jobs j left join ledger.runs r on r.job_id = j.id and r.attempt = j.attempt
-        where j.status = 'pending'
+        from ledger.jobs j left join ledger.runs r on r.organization_id = j.organization_id and r.job_id = j.id and r.attempt = j.attempt
+        where j.organization_id = (select private.my_org()) and j.status = 'pending'
         order by j.priority desc, j.created_at
         limit max_waiting)
     select jsonb_build_object(

@@ -1,0 +1,310 @@
+"""Random interleavings of everything that changes jobs, runs and pods, against a model of the ledger.
+
+Two organizations use the same names at the same time. Each call goes over one of several connections and must
+be answered as the model says; of calls that run at the same moment, some order must explain all answers.
+After each step the tables must be those of the model, and invariants that do not know the model hold in SQL.
+
+`OW_TEST_EXAMPLES` says how many sequences are tried; the suite's default takes seconds.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+from functools import partial
+from typing import Any, ClassVar
+
+import psycopg
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.errors import Flaky
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+
+from openweights_prefect.errors import AuthenticationError, PermissionDeniedError
+from tests.ledger.ledger_model import Call, Model, live_runs
+from tests.ledger.ledger_moves import (
+    JOBS,
+    MEETINGS,
+    OF_CONTROL,
+    OF_PEOPLE,
+    OF_PODS,
+    OF_RUNS,
+    PODS,
+    Chooser,
+    Draw,
+    a_job,
+    idle_pods,
+    intended,
+    newest_boot,
+    open_jobs,
+    redeemed,
+    registered,
+    stored_file,
+)
+from tests.ledger.ledger_mutants import MUTANTS, Mutant
+from tests.ledger.ledger_world import Focus, Site, World
+
+EXAMPLES = int(os.environ.get("OW_TEST_EXAMPLES", "40"))
+STEPS = 40
+REFUSALS = {"refused", "stale", "fenced", "shutdown", "abandoned"}
+NUMBERS = st.sampled_from([0, 0, 0, 1])
+LOCKED = [None, "worker", "worker", "jobs", "runs", "files"]
+
+
+class Machine(RuleBasedStateMachine):
+    """Two organizations on one ledger."""
+
+    site: ClassVar[Site]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.worlds = [World(self.site, "home"), World(self.site, "abroad")]
+        self.history: list[str] = []
+        self.completed: set[tuple[int, str]] = set()
+
+    @initialize(data=st.data())
+    def begin(self, data: st.DataObject) -> None:
+        """Two pods wait for work, and a job or two for pods."""
+        for world in self.worlds:
+            for pod in PODS[:2]:
+                self._bring_up(world, pod)
+            for _ in range(2):
+                self._wait_for_a_pod(world, a_job(data.draw, world, list(JOBS)))
+
+    @rule(data=st.data(), number=NUMBERS, choose=st.sampled_from(OF_PEOPLE))
+    def a_person_calls(self, data: st.DataObject, number: int, choose: Chooser) -> None:
+        self._make(self.worlds[number], choose(data.draw, self.worlds[number]))
+
+    @rule(data=st.data(), number=NUMBERS, choose=st.sampled_from(OF_CONTROL))
+    def the_control_plane_calls(self, data: st.DataObject, number: int, choose: Chooser) -> None:
+        self._make(self.worlds[number], choose(data.draw, self.worlds[number]))
+
+    @rule(data=st.data(), number=NUMBERS, choose=st.sampled_from(OF_PODS))
+    def a_pod_calls(self, data: st.DataObject, number: int, choose: Chooser) -> None:
+        self._make(self.worlds[number], choose(data.draw, self.worlds[number]))
+
+    @rule(data=st.data(), number=NUMBERS, choose=st.sampled_from(OF_RUNS))
+    def a_run_calls(self, data: st.DataObject, number: int, choose: Chooser) -> None:
+        self._make(self.worlds[number], choose(data.draw, self.worlds[number]))
+
+    @rule(data=st.data(), number=NUMBERS)
+    def a_pod_runs_a_job(self, data: st.DataObject, number: int) -> None:
+        """Everything that is still missing for it."""
+        self._prepare("work", self.worlds[number], data.draw)
+
+    @rule(data=st.data(), number=NUMBERS, meeting=st.sampled_from(MEETINGS), locked=st.sampled_from(LOCKED))
+    def calls_meet(
+        self,
+        data: st.DataObject,
+        number: int,
+        meeting: tuple[str, Chooser, list[Chooser]],
+        locked: str | None,
+    ) -> None:
+        """Some order of the calls explains all answers and what is in the tables then."""
+        world, (scene, first, others) = self.worlds[number], meeting
+        world.focus = self._prepare(scene, world, data.draw)
+        met = data.draw(st.lists(st.sampled_from(others), min_size=1, max_size=2))
+        calls = [choose(data.draw, world) for choose in data.draw(st.permutations([first, *met]))]
+        world.focus = Focus()
+        self.history += [f"{world} at once ({locked}): {call}" for call in calls]
+        words = self.site.at_once([partial(world.make, call) for call in calls], locked)
+        self.history.append(f"    -> {words}")
+        self.site.keep_hints_fresh(world.organization_id)
+        found = self.site.snapshot(world.organization_id)
+        world.model = self._explanation(world.model, calls, words, found)
+
+    @rule(data=st.data(), number=NUMBERS, what=st.sampled_from(["lease", "lease", "script", "hints"]))
+    def time_passes(self, data: st.DataObject, number: int, what: str) -> None:
+        """A lease runs out, or hints grow old."""
+        world = self.worlds[number]
+        pods = [name for name, pod in world.model.pods.items() if pod.boot is not None]
+        scripts = [name for name, run in world.model.runs.items() if run.lease_is_over is not None]
+        if what == "lease" and pods:
+            self._let_lease_end(world, data.draw(st.sampled_from(pods)))
+        elif what == "script" and scripts:
+            script = data.draw(st.sampled_from(scripts))
+            self.history.append(f"{world}: the script of run {script} falls silent")
+            self.site.let_scripts_end(script)
+            world.model.runs[script].lease_is_over = True
+        else:
+            self.history.append(f"{world}: hints grow old")
+            self.site.let_hints_age(world.organization_id)
+            for run in world.model.runs.values():
+                run.hint_is_fresh = False
+
+    @invariant()
+    def tables_are_as_the_model_says(self) -> None:
+        for number, world in enumerate(self.worlds):
+            self._expect(world.model.shown(), self.site.snapshot(world.organization_id), f"tables of {world}")
+            status = {name: job.status for name, job in world.model.jobs.items()}
+            self.completed |= {(number, name) for name in status if status[name] == "completed"}
+        lost = [name for number, name in self.completed
+                if self.worlds[number].model.jobs[name].status != "completed"]  # fmt: skip
+        self._expect([], lost, "jobs that were completed once and are not any more")
+        self._expect(
+            [], self.site.broken([world.organization_id for world in self.worlds]), "broken invariants"
+        )
+
+    def teardown(self) -> None:
+        """Through the functions, too, each organization sees its own rows and no others."""
+        for world in self.worlds:
+            claims = world.claims("person")
+            shown = {
+                "jobs": {row["id"] for row in self.site.call(claims, "list_jobs", max_rows=1000)},
+                "runs": {row["id"] for row in self.site.call(claims, "list_runs", max_rows=1000)},
+                "pods": {row["id"] for row in self.site.call(claims, "list_workers", max_rows=1000)},
+                "events": len(self.site.call(claims, "list_events", max_rows=1000)),
+            }
+            model = world.model
+            events = sum(len(run.events) for run in model.runs.values())
+            runs = {str(name) for name in model.runs}
+            wanted = {"jobs": set(model.jobs), "runs": runs, "pods": set(model.pods), "events": events}
+            self._expect(wanted, shown, f"what {world} sees")
+
+    def _prepare(self, scene: str, world: World, draw: Draw) -> Focus:
+        """A job that waits, runs, or runs on a pod whose lease has run out; or files that nobody reads."""
+        job = a_job(draw, world, open_jobs(world))
+        if scene == "files":
+            for file_id in job["files"]:
+                self._make(world, stored_file(file_id))
+        if scene in ("nothing", "files"):
+            return Focus(job=job["id"])
+        pod = draw(st.sampled_from(idle_pods(world) or PODS))
+        self._bring_up(world, pod)
+        self._wait_for_a_pod(world, job)
+        waiting = [name for name in live_runs(world.model) if world.model.runs[name].job == job["id"]]
+        for run in waiting if scene != "claim" else []:
+            arguments = {"for_run": run, "for_worker": pod, "as_boot": newest_boot(draw, world, pod)}
+            self._make(world, Call(pod, "open_run", arguments))
+        if scene == "silence":
+            self._let_lease_end(world, pod)
+        return Focus(pod, waiting[0] if waiting else None, job["id"])
+
+    def _let_lease_end(self, world: World, pod: str) -> None:
+        known = world.model.pods.get(pod)
+        if known is not None and known.boot is not None:
+            self.history.append(f"{world}: the lease of {pod} runs out")
+            self.site.let_leases_end(world.organization_id, pod)
+            known.lease_is_over = True
+
+    def _wait_for_a_pod(self, world: World, job: dict[str, Any]) -> None:
+        for file_id in job["files"]:
+            self._make(world, stored_file(file_id))
+        self._make(world, Call("person", "submit_job", {"job": job}))
+        attempt = world.model.jobs[job["id"]].attempt
+        arguments = {"for_job": job["id"], "for_attempt": attempt, "flow_run": world.new_id()}
+        self._make(world, Call("control", "record_flow_run", arguments))
+
+    def _bring_up(self, world: World, pod: str) -> None:
+        self._make(world, intended(world, pod))
+        known = world.model.pods.get(pod)
+        if known is not None and known.status == "starting":
+            self._make(world, redeemed(world, pod, world.secret(pod)))
+            world.boots.setdefault(pod, []).append(world.new_id())
+            self._make(world, registered(pod, pod, world.boots[pod][-1]))
+
+    def _make(self, world: World, call: Call) -> None:
+        self.history.append(f"{world}: {call}")
+        expected = world.model.apply(call)
+        found = world.make(call)
+        if call.function in ("hint_runs", "renew_lease"):
+            self.site.keep_hints_fresh(world.organization_id)
+        self.history.append(f"    -> {found}")
+        if not _explains(expected, found, call):
+            self._expect(expected, found, f"answer to {call}")
+
+    def _explanation(
+        self, before: Model, calls: list[Call], words: list[str], found: dict[str, Any]
+    ) -> Model:
+        """The model after the calls in an order that leads to these answers and these tables."""
+        for order in itertools.permutations(range(len(calls))):
+            model = copy.deepcopy(before)
+            explained = all([_explains(model.apply(calls[n]), words[n], calls[n]) for n in order])
+            _take_advice(model, found)
+            if explained and model.shown() == found:
+                return model
+        self._expect(
+            f"what follows from {before.shown()}", (words, found), "calls at once that no order explains"
+        )
+        raise AssertionError("unreachable")
+
+    def _expect(self, expected: object, found: object, what: str) -> None:
+        if expected != found:
+            history = "\n".join(self.history)
+            raise AssertionError(f"{history}\n\n{what}:\nexpected {_difference(expected, found)}")
+
+
+def _explains(expected: str, found: str, call: Call) -> bool:
+    """A pod that has ended may hear that it is nobody any more, instead of that it is too late."""
+    nobody = found.startswith((AuthenticationError.__name__, PermissionDeniedError.__name__))
+    return expected == found or (nobody and expected in REFUSALS and call.speaker in PODS)
+
+
+def _take_advice(model: Model, found: dict[str, Any]) -> None:
+    """Which run a pod found first, and which job came first, no order of calls at the same moment decides."""
+    if set(found["order"]) == set(model.jobs):
+        model.jobs = {name: model.jobs[name] for name in found["order"]}
+    for name, run in model.runs.items():
+        shown = found["runs"].get(str(name))
+        if shown is not None:
+            run.hinted, run.hint_is_fresh = shown["hinted"], shown["hint_is_fresh"]
+
+
+def _difference(expected: object, found: object) -> str:
+    if isinstance(expected, dict) and isinstance(found, dict):
+        for key in expected.keys() | found.keys():
+            if expected.get(key) != found.get(key):
+                return f"{key}: " + _difference(expected.get(key), found.get(key))
+    return f"{expected!r}\nfound    {found!r}"
+
+
+def run_machine(url: str, examples: int) -> None:
+    """The same sequences each time, as far as threads allow."""
+    site = Site(url)
+    machine = type("LedgerMachine", (Machine,), {"site": site})
+    try:
+        run_state_machine_as_test(
+            machine,
+            settings=settings(
+                max_examples=examples,
+                stateful_step_count=STEPS,
+                derandomize=True,
+                database=None,
+                deadline=None,
+                phases=[Phase.generate],
+                suppress_health_check=list(HealthCheck),
+                report_multiple_bugs=False,
+                print_blob=False,
+            ),
+        )
+    finally:
+        site.close()
+
+
+@pytest.fixture
+def transport() -> str:
+    """Transitions are the database's; the other transport has its own tests."""
+    return "psycopg"
+
+
+def test_the_ledger_does_what_the_model_says(ledger_url: str) -> None:
+    """Whatever is called, in whatever order, by whom and at the same time."""
+    run_machine(ledger_url, EXAMPLES)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_a_broken_ledger_is_found_out(ledger_url: str, mutant: Mutant) -> None:
+    """What is seen above, would be: with one function broken, the same sequences fail."""
+    mutant.apply(ledger_url.replace("authenticator@", "postgres@"))
+    with pytest.raises((AssertionError, Flaky)):
+        run_machine(ledger_url, EXAMPLES)
+
+
+def test_another_organization_in_the_tables_is_found_out(ledger_url: str) -> None:
+    """One policy that forgets whose row it is."""
+    with psycopg.connect(ledger_url.replace("authenticator@", "postgres@")) as connection:
+        connection.execute("alter policy select_authenticated_ow_worker on ledger.jobs using (true)")
+    with pytest.raises((AssertionError, Flaky)):
+        run_machine(ledger_url, EXAMPLES)
