@@ -49,10 +49,11 @@ def load_login(home: Path) -> Login | None:
     """The login of this home, None without one."""
     path = login_path(home)
     try:
-        return Login(**json.loads(path.read_text(encoding="utf-8")))
+        document = json.loads(path.read_text(encoding="utf-8"))
+        return Login(**{spec.name: document[spec.name] for spec in dataclasses.fields(Login)})
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, KeyError):
         problem = f"{str(path)!r} cannot be read or is damaged. Delete it and run `ow login`."
     raise ConfigurationError(problem)  # Outside the handler: a cause may quote the file.
 

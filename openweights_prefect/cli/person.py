@@ -21,6 +21,8 @@ from openweights_prefect.resources.organizations import Organization, Organizati
 from openweights_prefect.resources.tokens import create_token
 from openweights_prefect.settings import Settings
 
+_PATIENCE_SECONDS = 10.0
+
 
 @dataclass(frozen=True)
 class Person:
@@ -118,7 +120,8 @@ def end_token(login: Login, home: Path) -> None:
     """Revoke the token of a login, if it was made for it; silent when it has ended already."""
     if not login.minted:
         return
-    with contextlib.suppress(AuthenticationError), closing(connect(login.settings(home))) as ledger:
+    connection = connect(login.settings(home), patience_seconds=_PATIENCE_SECONDS)
+    with contextlib.suppress(AuthenticationError), closing(connection) as ledger:
         ledger.call("revoke_token", token_id=login.token_id)
 
 

@@ -158,13 +158,13 @@ class FlowRuns:
         )
         return [flow_run.id for flow_run in found]
 
-    async def deployment_name(self, flow_run: FlowRun) -> str | None:
-        """`flow/deployment` of a flow run; None when it has no deployment."""
+    async def deployment_of(self, flow_run: FlowRun) -> tuple[str | None, dict[str, Any]]:
+        """`flow/deployment` of a flow run and the deployment's job variables; None when it has no deployment."""
         if flow_run.deployment_id is None:
-            return None
+            return None, {}
         deployment = await self._client.read_deployment(flow_run.deployment_id)
         flow = await self._client.read_flow(deployment.flow_id)
-        return f"{flow.name}/{deployment.name}"
+        return f"{flow.name}/{deployment.name}", deployment.job_variables or {}
 
     # Logs and artifacts -------------------------------------------------------------------------
 

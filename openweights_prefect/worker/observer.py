@@ -20,6 +20,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Failed
 
 from openweights_prefect.errors import InvalidParameterError, OpenWeightsError
+from openweights_prefect.jobs.secrets import unknown_secrets
 from openweights_prefect.ledger.notifications import notifications
 from openweights_prefect.ledger.protocol import Ledger, Row
 from openweights_prefect.orchestration.flow_runs import FlowRuns, attempt_named_by, cached_state
@@ -111,7 +112,7 @@ class Observer:
                 if run is not None:
                     await self._answer_retry(flow_run, run)
                 elif not await self._adopt_own(flow_run):
-                    await self._adopt(flow_run, job_variables_of(flow_run.job_variables, base_template))
+                    await self._adopt(flow_run, base_template)
             except _EXPECTED as exc:
                 logger.warning(
                     "Flow run %s is not taken up yet: %s: %s", flow_run.id, type(exc).__name__, exc
@@ -152,8 +153,9 @@ class Observer:
             await self._flow_runs.mirror(flow_run.id, status="canceled", reason="It is not wanted any more.")
         return True
 
-    async def _adopt(self, flow_run: FlowRun, variables: dict[str, Any]) -> None:
-        deployment = await self._flow_runs.deployment_name(flow_run)
+    async def _adopt(self, flow_run: FlowRun, base_template: dict[str, Any]) -> None:
+        deployment, own = await self._flow_runs.deployment_of(flow_run)
+        variables = job_variables_of({**own, **(flow_run.job_variables or {})}, base_template)
         try:
             job = job_of_flow_run(flow_run.id, deployment, flow_run.parameters, variables, self._settings)
         except InvalidParameterError as exc:
@@ -166,6 +168,12 @@ class Observer:
                 await self._flow_runs.answer(flow_run.id, cached_state(job["id"]))
             case "missing_files":
                 await self._flow_runs.answer(flow_run.id, _missing_state(answer["missing"]))
+            case "missing_secrets":
+                reason = str(unknown_secrets(answer["missing"]))
+                await self._flow_runs.answer(flow_run.id, Failed(message=reason))
+            case "limit":
+                reason = "The token of the worker has used up its spending limit; an admin raises it."
+                await self._flow_runs.answer(flow_run.id, Failed(message=reason))
             case "failed" | "canceled" as status:
                 await self._flow_runs.mirror(flow_run.id, status=status, reason=answer["job"]["error"])
             case outcome:

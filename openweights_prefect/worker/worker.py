@@ -12,8 +12,9 @@ import anyio.abc
 from prefect.client.schemas.objects import FlowRun
 from prefect.workers.base import BaseWorker
 
-from openweights_prefect.errors import OpenWeightsError
+from openweights_prefect.errors import OpenWeightsError, PermissionDeniedError
 from openweights_prefect.ledger.connect import check_organization, connect
+from openweights_prefect.ledger.protocol import Ledger
 from openweights_prefect.orchestration.flow_runs import FlowRuns
 from openweights_prefect.provisioning.runpod.client import RunPodClient
 from openweights_prefect.settings import Settings
@@ -51,9 +52,8 @@ class RunPodWorker(BaseWorker[RunPodJobConfiguration, RunPodVariables, RunPodWor
         settings = Settings.load()
         ledger = connect(settings, role="ow_worker")
         self._resources.callback(ledger.close)
-        # A token knows its organization; the settings may not.
-        organization_id = await asyncio.to_thread(check_organization, settings, ledger)
-        settings = replace(settings, organization_id=organization_id)
+        if settings.api_key:
+            settings = await asyncio.to_thread(_settings_of_token, settings, ledger)
         flow_runs = await self._resources.enter_async_context(FlowRuns.connect(settings))
         provider = RunPodClient(base_url=settings.runpod_api_url, api_key=settings.runpod_api_key)
         fleet = Fleet(provider=provider, ledger=ledger, settings=settings)
@@ -101,6 +101,18 @@ class RunPodWorker(BaseWorker[RunPodJobConfiguration, RunPodVariables, RunPodWor
         """Stop what runs under a flow run's id; its pod lives on for the next run."""
         assert self._observer is not None, "the worker is not set up"
         await self._observer.cancel(infrastructure_pid)
+
+
+def _settings_of_token(settings: Settings, ledger: Ledger) -> Settings:
+    """With the token's organization, which the settings may not know; refuses a token of another role."""
+    organization_id = check_organization(settings, ledger)
+    role = ledger.call("whoami")[0]["role"]
+    if role != "worker":
+        raise PermissionDeniedError(
+            f"A worker needs a token of the role 'worker', and OPENWEIGHTS_API_KEY is one of the role "
+            f"{role!r}. An admin makes one with `ow token create NAME --role worker`."
+        )
+    return replace(settings, organization_id=organization_id)
 
 
 def _now() -> Any:

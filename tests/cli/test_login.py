@@ -109,7 +109,7 @@ def test_from_sign_up_to_sign_out(home: Path, project: list[str], supabase: Supa
 
 
 def test_a_job_is_submitted_over_http(home: Path, project: list[str], tmp_path: Path) -> None:
-    """A fine-tune with its file goes to the project; the second submit is one round trip."""
+    """A fine-tune with its file goes to the project, and is the same job the second time."""
     sign_up(project)
     row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}
     data = tmp_path / "train.jsonl"
@@ -189,6 +189,18 @@ def test_organizations_of_a_person(home: Path, project: list[str]) -> None:
     assert ow("org", "role", BOB, "admin").exit_code == 1
     assert ow("org", "remove", ADA).exit_code == 1
     assert first not in [each["id"] for each in answer("org", "ls")]
+
+
+def test_doctor_looks_at_what_is_the_users(home: Path, project: list[str]) -> None:
+    """The hosted ledger and its files; the machines behind it are others' to look after."""
+    sign_up(project)
+    checks = answer("doctor")["checks"]
+    assert [check["name"] for check in checks] == ["settings", "python", "disk", "ledger", "file store"]
+    assert "from `ow login`" in checks[0]["detail"]
+    done("token", "revoke", credentials(home)["api_key"])
+    result = ow("doctor")
+    assert result.exit_code == 1
+    assert "refused" in result.stdout
 
 
 def test_a_token_of_the_environment_goes_before_the_login(

@@ -15,6 +15,7 @@ import re
 import secrets
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
@@ -55,6 +56,7 @@ _BELONG = {
     # The container's first process is started by RunPod with the pod's environment.
     r"environment of a pod's first process": {"bootstrap token"},
     r"environment of the worker": {"RunPod key"},  # the one process that buys pods
+    r"environment of a user's script": {"API token"},
     r"environment of the command of a job": {"secret", "secret line 1", "secret line 2"},
     r"HTTP to RunPod": {"RunPod key", "bootstrap token"},  # its Authorization, and a pod's environment
 }
@@ -85,6 +87,15 @@ def own() -> str:
     get_run_logger().warning("logged %s", os.environ["CANARY_TOKEN"])
     print("printed", os.environ["CANARY_KEY"])
     return "done"
+"""
+
+
+_SCRIPT = """
+from openweights_prefect import OpenWeights
+
+with OpenWeights() as ow:
+    ow.run.log({"names": [secret.name for secret in ow.secrets.list()]})
+    ow.run.flush()
 """
 
 
@@ -162,6 +173,8 @@ class Sampler:
 def _who(arguments: bytes, environment: bytes) -> str:
     if b"OW_AGENT_SOCKET=" in environment:
         return "the command of a job"
+    if arguments.endswith(b"\0-c\0" + _SCRIPT.encode() + b"\0"):
+        return "a user's script"
     if b"openweights_prefect.pod\0" in arguments:
         return "a pod's first process"
     if b"\0worker\0start\0" in arguments:
@@ -183,6 +196,9 @@ def watched() -> Iterator[Watched]:
     parent = Path(tempfile.mkdtemp(prefix="ow-canary-"))
     parent.chmod(0o755)  # PostgreSQL of root runs as another account
     stack = Stack(parent / "home")
+    stack.environment["OW_POD_IDLE_SECONDS"] = (
+        "600"  # pods, with what is on their disks, live until the search
+    )
     worker: subprocess.Popen[bytes] | None = None
     try:
         stack.up()
@@ -254,7 +270,7 @@ def _must_be_found(watched: Watched, places: set[str], found: set[Find]) -> None
     unseen = {(place, value) for place, values in _BELONG.items() for value in values} - {
         (place, find.value) for find in found for place in _BELONG if re.fullmatch(place, find.place)
     }
-    assert unseen <= {("home/simulator/state\\.json", "bootstrap token")}, unseen  # kept while the pod lives
+    assert unseen == set()
 
 
 def _belongs(find: Find) -> bool:
@@ -275,6 +291,8 @@ def _use_everything(stack: Stack, canaries: Canaries, planted: str, folder: Path
     stack.call("create_invitation", code_hash=hash_secret(code))
     with OpenWeights(auth_token=token, settings=stack.settings) as ow:
         _store_secrets(ow, canaries, stack)
+        script = {**stack.environment, "OPENWEIGHTS_API_KEY": token}
+        subprocess.run([sys.executable, "-c", _SCRIPT], env=script, check=True, timeout=60)
         _run_job(ow, stack, canaries, planted)
         _run_flow(ow, stack, folder)
         assert ow.secrets.rotate() == 3

@@ -241,7 +241,8 @@ class Model:
 
     def abandon_run(self, speaker: str, for_run: UUID, why: str) -> str:
         run = self.runs.get(for_run)
-        if run is not None and run.status == "pending" and self._speaks(speaker):
+        pointed = speaker not in self.pods or (run is not None and run.hinted == speaker)
+        if run is not None and run.status == "pending" and self._speaks(speaker) and pointed:
             run.status, run.error, run.mirrored = "lost", why, True
             run.worker = speaker if speaker in self.pods else None
             job = self.jobs[run.job]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
-from typing import Any, Protocol
-
-from hypothesis import strategies as st
+from random import Random
+from typing import Any
 
 from openweights_prefect.ledger.identity import hash_secret
 from tests.ledger.ledger_model import MOST_PODS, Call
@@ -30,12 +29,6 @@ PODS = [f"pod-{number}" for number in range(1, 9)]
 RESULTS = ["completed", "failed", "canceled", "lost"]
 
 
-class Draw(Protocol):
-    """Hypothesis chooses."""
-
-    def __call__(self, strategy: st.SearchStrategy[Any], label: object = None) -> Any: ...
-
-
 def open_jobs(world: World) -> list[str]:
     """Those that may be submitted and run now."""
     held = world.model.jobs
@@ -51,48 +44,48 @@ def idle_pods(world: World) -> list[str]:
     return idle or [name for name in PODS if name not in held]
 
 
-def a_job(draw: Draw, world: World, names: list[str] | None = None) -> dict[str, Any]:
+def a_job(draw: Random, world: World, names: list[str] | None = None) -> dict[str, Any]:
     """A job of a few names, with options that a second submit may change."""
     name = _job_name(draw, world, names or list(JOBS))
     base = {"id": name, "type": "probe", "docker_image": IMAGE, "entrypoint": "true", "files": [],
             "retries": 0, "requires_vram_gb": 0, "params": {}}  # fmt: skip
-    return {**base, **JOBS[name], "priority": draw(st.integers(0, 2))}
+    return {**base, **JOBS[name], "priority": draw.randint(0, 2)}
 
 
-def _job_name(draw: Draw, world: World, names: list[str]) -> str:
-    if world.focus.job in names and draw(st.integers(0, 7)):
+def _job_name(draw: Random, world: World, names: list[str]) -> str:
+    if world.focus.job in names and draw.randint(0, 7):
         return str(world.focus.job)
-    return str(draw(st.sampled_from(names)))
+    return str(draw.choice(names))
 
 
-def _pod(draw: Draw, world: World) -> str:
-    if world.focus.pod and draw(st.integers(0, 7)):
+def _pod(draw: Random, world: World) -> str:
+    if world.focus.pod and draw.randint(0, 7):
         return world.focus.pod
     alive = [name for name, pod in world.model.pods.items() if pod.status != "terminated"]
-    return str(draw(st.sampled_from((alive or PODS) * 5 + PODS)))
+    return str(draw.choice((alive or PODS) * 5 + PODS))
 
 
-def _run(draw: Draw, world: World, status: str = "pending") -> uuid.UUID:
+def _run(draw: Random, world: World, status: str = "pending") -> uuid.UUID:
     """Mostly one that has this status."""
-    if world.focus.run and draw(st.integers(0, 7)):
+    if world.focus.run and draw.randint(0, 7):
         return world.focus.run
     every = list(world.model.runs)
     fitting = [name for name in every if world.model.runs[name].status == status] or every
-    found: uuid.UUID = draw(st.sampled_from(fitting * 4 + every or [uuid.UUID(int=0)]))
+    found: uuid.UUID = draw.choice(fitting * 4 + every or [uuid.UUID(int=0)])
     return found
 
 
-def newest_boot(draw: Draw, world: World, pod: str) -> uuid.UUID:
+def newest_boot(draw: Random, world: World, pod: str) -> uuid.UUID:
     """Mostly the newest process of the pod; never one of another pod, which could not know it."""
     known = world.boots.get(pod) or [uuid.UUID(int=1)]
-    found: uuid.UUID = draw(st.sampled_from(known[-1:] * 4 + known))
+    found: uuid.UUID = draw.choice(known[-1:] * 2 + known)
     return found
 
 
-def _holder(draw: Draw, world: World, run_id: uuid.UUID) -> tuple[str, uuid.UUID]:
+def _holder(draw: Random, world: World, run_id: uuid.UUID) -> tuple[str, uuid.UUID]:
     """Who writes about a run, and under which lease: mostly who executes it."""
     run = world.model.runs.get(run_id)
-    if run is not None and run.boot is not None and draw(st.integers(0, 5)):
+    if run is not None and run.boot is not None and draw.randint(0, 5):
         return run.worker or "person", run.boot
     pod = _pod(draw, world)
     return pod, newest_boot(draw, world, pod)
@@ -103,50 +96,50 @@ def stored_file(file_id: str) -> Call:
     return Call("person", "register_file", {"file": row})
 
 
-def register_file(draw: Draw, world: World) -> Call:
-    return stored_file(draw(st.sampled_from(FILES)))
+def register_file(draw: Random, world: World) -> Call:
+    return stored_file(draw.choice(FILES))
 
 
-def delete_file(draw: Draw, world: World) -> Call:
-    return Call("person", "delete_file", {"file_id": draw(st.sampled_from(FILES))})
+def delete_file(draw: Random, world: World) -> Call:
+    return Call("person", "delete_file", {"file_id": draw.choice(FILES)})
 
 
-def submit_job(draw: Draw, world: World) -> Call:
+def submit_job(draw: Random, world: World) -> Call:
     return Call("person", "submit_job", {"job": a_job(draw, world)})
 
 
-def cancel_job(draw: Draw, world: World) -> Call:
+def cancel_job(draw: Random, world: World) -> Call:
     return Call("person", "cancel_job", {"job_id": _job_name(draw, world, [*JOBS, *SCRIPTS])})
 
 
-def restart_job(draw: Draw, world: World) -> Call:
+def restart_job(draw: Random, world: World) -> Call:
     return Call("person", "restart_job", {"job_id": _job_name(draw, world, [*JOBS, *SCRIPTS])})
 
 
-def record_flow_run(draw: Draw, world: World) -> Call:
+def record_flow_run(draw: Random, world: World) -> Call:
     name = _job_name(draw, world, list(world.model.jobs) or list(JOBS))
     held = world.model.jobs.get(name)
-    attempt = (held.attempt if held else 1) - (draw(st.integers(0, 5)) == 5)
-    again = draw(st.integers(0, 5)) == 5
+    attempt = (held.attempt if held else 1) - (draw.randint(0, 5) == 5)
+    again = draw.randint(0, 5) == 5
     run = _run(draw, world) if again else world.new_id()
     return Call("control", "record_flow_run", {"for_job": name, "for_attempt": attempt, "flow_run": run})
 
 
-def adopt_flow_run(draw: Draw, world: World) -> Call:
-    created = draw(st.sampled_from(["2000-01-01T00:00:00Z", "2999-01-01T00:00:00Z"]))
+def adopt_flow_run(draw: Random, world: World) -> Call:
+    created = draw.choice(["2000-01-01T00:00:00Z", "2999-01-01T00:00:00Z"])
     return Call("control", "adopt_flow_run",
                 {"job": a_job(draw, world), "flow_run": world.new_id(), "created": created})  # fmt: skip
 
 
-def hint_runs(draw: Draw, world: World) -> Call:
+def hint_runs(draw: Random, world: World) -> Call:
     if not (world.model.runs and world.model.pods):
         return Call("control", "hint_runs", {"hints": {}})
-    pod = draw(st.sampled_from(list(world.model.pods)))
+    pod = draw.choice(list(world.model.pods))
     return Call("control", "hint_runs", {"hints": {str(_run(draw, world)): pod}})
 
 
-def abandon_run(draw: Draw, world: World) -> Call:
-    speaker = draw(st.sampled_from(["control", _pod(draw, world)]))
+def abandon_run(draw: Random, world: World) -> Call:
+    speaker = draw.choice(["control", _pod(draw, world)])
     return Call(speaker, "abandon_run", {"for_run": _run(draw, world), "why": "its flow run is gone"})
 
 
@@ -155,12 +148,12 @@ def intended(world: World, pod: str) -> Call:
                                           "ttl_seconds": 3600, "max_pods": MOST_PODS})  # fmt: skip
 
 
-def intend_pod(draw: Draw, world: World) -> Call:
-    return intended(world, draw(st.sampled_from(PODS)))
+def intend_pod(draw: Random, world: World) -> Call:
+    return intended(world, draw.choice(PODS))
 
 
-def record_pod(draw: Draw, world: World) -> Call:
-    provider_id = draw(st.sampled_from(["provider-1", "provider-1", "provider-2"]))
+def record_pod(draw: Random, world: World) -> Call:
+    provider_id = draw.choice(["provider-1", "provider-1", "provider-2"])
     return Call("control", "record_pod",
                 {"for_worker": _pod(draw, world), "provider_id": provider_id, "price": 0.4})  # fmt: skip
 
@@ -171,11 +164,11 @@ def redeemed(world: World, pod: str, session: str) -> Call:
     return Call("service", "redeem_bootstrap", arguments)
 
 
-def redeem_bootstrap(draw: Draw, world: World) -> Call:
+def redeem_bootstrap(draw: Random, world: World) -> Call:
     """A second agent with the same token makes another secret."""
     pod = _pod(draw, world)
     known = world.model.pods.get(pod)
-    stolen = known is not None and known.session is not None and draw(st.booleans())
+    stolen = known is not None and known.session is not None and (draw.random() < 0.5)
     return redeemed(world, pod, hash_secret("of a thief") if stolen else world.secret(pod))
 
 
@@ -184,102 +177,105 @@ def registered(speaker: str, pod: str, boot: uuid.UUID) -> Call:
     return Call(speaker, "register_pod", arguments)
 
 
-def register_pod(draw: Draw, world: World) -> Call:
+def register_pod(draw: Random, world: World) -> Call:
     pod = _pod(draw, world)
     known = world.boots.setdefault(pod, [])
-    if not known or draw(st.integers(0, 2)) == 2:
+    if not known or draw.randint(0, 1):
         known.append(world.new_id())
-    speaker = pod if draw(st.integers(0, 7)) else _pod(draw, world)
+    speaker = pod if draw.randint(0, 7) else _pod(draw, world)
     return registered(speaker, pod, newest_boot(draw, world, pod))
 
 
-def renew_lease(draw: Draw, world: World) -> Call:
+def renew_lease(draw: Random, world: World) -> Call:
     pod = _pod(draw, world)
-    speaker = pod if draw(st.integers(0, 7)) else _pod(draw, world)
+    speaker = pod if draw.randint(0, 7) else _pod(draw, world)
     return Call(speaker, "renew_lease", {"for_worker": pod, "as_boot": newest_boot(draw, world, pod),
                                          "lease_seconds": 3600, "models": []})  # fmt: skip
 
 
-def open_run(draw: Draw, world: World) -> Call:
-    pod = _pod(draw, world)
-    speaker = pod if draw(st.integers(0, 7)) else _pod(draw, world)
-    return Call(speaker, "open_run", {"for_run": _run(draw, world), "for_worker": pod,
-                                      "as_boot": newest_boot(draw, world, pod)})  # fmt: skip
+def open_run(draw: Random, world: World) -> Call:
+    pod = draw.choice([*idle_pods(world), _pod(draw, world)])
+    speaker = pod if draw.randint(0, 7) else _pod(draw, world)
+    return opened(speaker, pod, _run(draw, world), newest_boot(draw, world, pod))
 
 
-def append_events(draw: Draw, world: World) -> Call:
+def opened(speaker: str, pod: str, run: uuid.UUID, boot: uuid.UUID) -> Call:
+    return Call(speaker, "open_run", {"for_run": run, "for_worker": pod, "as_boot": boot})
+
+
+def append_events(draw: Random, world: World) -> Call:
     run_id = _run(draw, world, "in_progress")
     speaker, boot = _holder(draw, world, run_id)
     run = world.model.runs.get(run_id)
-    first = max(0, (len(run.events) if run else 0) + draw(st.sampled_from([0, 0, 1, -1, -3])))
+    first = max(0, (len(run.events) if run else 0) + draw.choice([0, 0, 1, -1, -3]))
     stored = run.events[first:] if run else []
     known = [{"at": 1.0, "data": data} for data in stored]
-    count = draw(st.integers(0 if known else 1, 3))
-    new = [{"at": 1.0, "data": {draw(st.sampled_from("xy")): draw(st.none() | st.integers(0, 9))}}
+    count = draw.randint(0 if known else 1, 3)
+    new = [{"at": 1.0, "data": {draw.choice("xy"): draw.choice([None, *range(10)])}}
            for _ in range(count)]  # fmt: skip
     return Call(speaker, "append_events", {"for_run": run_id, "as_boot": boot, "first_sequence": first,
                                            "batch": known + new})  # fmt: skip
 
 
-def append_log(draw: Draw, world: World) -> Call:
+def append_log(draw: Random, world: World) -> Call:
     run_id = _run(draw, world, "in_progress")
     speaker, boot = _holder(draw, world, run_id)
     run = world.model.runs.get(run_id)
-    start = max(0, (run.log_bytes if run else 0) + draw(st.sampled_from([0, 0, 1, -1])))
-    piece = "x" * draw(st.integers(1, 4))
+    start = max(0, (run.log_bytes if run else 0) + draw.choice([0, 0, 1, -1]))
+    piece = "x" * draw.randint(1, 4)
     return Call(speaker, "append_log", {"for_run": run_id, "as_boot": boot, "from_offset": start,
                                         "to_offset": start + len(piece), "piece": piece})  # fmt: skip
 
 
-def finish_run(draw: Draw, world: World) -> Call:
+def finish_run(draw: Random, world: World) -> Call:
     run_id = _run(draw, world, "in_progress")
     speaker, boot = _holder(draw, world, run_id)
-    result = draw(st.sampled_from(RESULTS))
+    result = draw.choice(RESULTS)
     why = None if result == "completed" else f"it {result}"
     return Call(speaker, "finish_run", {"for_run": run_id, "as_boot": boot, "result": result, "why": why})
 
 
-def release_pod(draw: Draw, world: World) -> Call:
+def release_pod(draw: Random, world: World) -> Call:
     pod = _pod(draw, world)
     arguments = {"for_worker": pod, "as_boot": newest_boot(draw, world, pod), "why": "idle"}
-    return Call(pod, "release_pod", {**arguments, "forced": draw(st.booleans())})
+    return Call(pod, "release_pod", {**arguments, "forced": (draw.random() < 0.5)})
 
 
-def lose_pod(draw: Draw, world: World) -> Call:
+def lose_pod(draw: Random, world: World) -> Call:
     return Call("control", "lose_pod", {"for_worker": _pod(draw, world), "why": "host gone"})
 
 
-def end_pod(draw: Draw, world: World) -> Call:
+def end_pod(draw: Random, world: World) -> Call:
     return Call("control", "end_pod", {"for_worker": _pod(draw, world), "why": "it is gone"})
 
 
-def request_shutdown(draw: Draw, world: World) -> Call:
+def request_shutdown(draw: Random, world: World) -> Call:
     return Call("person", "request_shutdown", {"for_worker": _pod(draw, world)})
 
 
-def expire_leases(draw: Draw, world: World) -> Call:
+def expire_leases(draw: Random, world: World) -> Call:
     return Call("control", "expire_leases", {})
 
 
-def expire_scripts(draw: Draw, world: World) -> Call:
+def expire_scripts(draw: Random, world: World) -> Call:
     return Call("control", "expire_scripts", {})
 
 
-def open_script(draw: Draw, world: World) -> Call:
-    name = draw(st.sampled_from(SCRIPTS))
+def open_script(draw: Random, world: World) -> Call:
+    name = draw.choice(SCRIPTS)
     run = uuid.uuid5(uuid.UUID(world.organization_id), name)
     return Call("person", "open_script", {"for_job": name, "for_run": run, "as_boot": uuid.uuid5(run, "boot"),
                                           "command": "python probe.py", "lease_seconds": 3600})  # fmt: skip
 
 
-def renew_script(draw: Draw, world: World) -> Call:
+def renew_script(draw: Random, world: World) -> Call:
     run_id = _run(draw, world, "in_progress")
     run = world.model.runs.get(run_id)
     boot = (run.boot if run else None) or world.new_id()
     return Call("person", "renew_script", {"for_run": run_id, "as_boot": boot, "lease_seconds": 3600})
 
 
-Chooser = Callable[[Draw, World], Call]
+Chooser = Callable[[Random, World], Call]
 OF_PEOPLE: list[Chooser] = [
     submit_job, submit_job, cancel_job, restart_job, request_shutdown, register_file, delete_file,
     open_script, renew_script,
@@ -289,7 +285,7 @@ OF_CONTROL: list[Chooser] = [
     lose_pod, end_pod, expire_leases, expire_leases, expire_scripts,
 ]  # fmt: skip
 OF_PODS: list[Chooser] = [
-    open_run, open_run, open_run, register_pod, register_pod, renew_lease, release_pod, redeem_bootstrap,
+    open_run, open_run, open_run, register_pod, register_pod, renew_lease, renew_lease, release_pod, redeem_bootstrap,
 ]  # fmt: skip
 OF_RUNS: list[Chooser] = [append_events, append_events, append_log, finish_run, finish_run]
 # What has been prepared, who comes there, and whom it meets.

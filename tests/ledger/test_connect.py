@@ -12,7 +12,12 @@ from uuid import uuid4
 
 import pytest
 
-from openweights_prefect.errors import AuthenticationError, ConfigurationError, LedgerUnavailable
+from openweights_prefect.errors import (
+    AuthenticationError,
+    ConfigurationError,
+    LedgerUnavailable,
+    PermissionDeniedError,
+)
 from openweights_prefect.ledger.connect import (
     access_tokens,
     check_organization,
@@ -25,6 +30,7 @@ from openweights_prefect.ledger.notifications import notifications
 from openweights_prefect.ledger.protocol import Ledger
 from openweights_prefect.settings import LOCAL_ORGANIZATION_ID, Settings
 from openweights_prefect.worker.fleet import _public_addresses
+from openweights_prefect.worker.worker import _settings_of_token
 from tests.callers import Callers
 
 POD = {
@@ -108,6 +114,9 @@ def test_a_token_knows_its_organization(settings: Settings, ledger: Callers, clo
     closing.append(control := connect(settings, role="ow_worker"))
     assert check_organization(settings, control) == LOCAL_ORGANIZATION_ID
     assert control.call("control_snapshot")[0]["waiting"] == []
+    assert _settings_of_token(settings, control).organization_id == LOCAL_ORGANIZATION_ID
+    with pytest.raises(PermissionDeniedError, match="--role worker"):
+        _settings_of_token(settings, ledger.person)
     with pytest.raises(AuthenticationError, match="belongs to organization"):
         check_organization(replace(settings, organization_id=str(uuid4())), control)
 

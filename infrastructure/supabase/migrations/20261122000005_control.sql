@@ -64,7 +64,7 @@ begin
         return;
     end if;
     select s into submitted from public.submit_job(job) as s;
-    if submitted ->> 'outcome' in ('missing_files', 'completed') then
+    if submitted ->> 'outcome' in ('missing_secrets', 'missing_files', 'limit', 'completed') then
         return query select submitted;
         return;
     end if;
