@@ -15,8 +15,16 @@ from openweights_prefect.settings import Settings
 
 ROOT = Path(openweights_prefect.__file__).parent.parent
 DOCS = ROOT / "docs"
-WRITTEN = (ROOT / "README.md", ROOT / "AGENTS.md", ROOT / "CHANGELOG.md", *ROOT.glob("cookbook/**/*.md"))
-VARIABLES = {field.metadata["variable"] for field in dataclasses.fields(Settings)}
+WRITTEN = (
+    *(ROOT / name for name in ("README.md", "AGENTS.md", "CHANGELOG.md", "blocks/README.md")),
+    *(DOCS / name for name in ("organizations.md", "supabase.md")),
+    *ROOT.glob("cookbook/**/*.md"),
+)
+# Besides the settings: what the scripts of blocks and the edge function read by themselves.
+SCRIPTS = (*ROOT.glob("blocks/*.py"), *ROOT.glob("infrastructure/supabase/functions/**/*.ts"))
+VARIABLES = {field.metadata["variable"] for field in dataclasses.fields(Settings)} | {
+    name for path in SCRIPTS for name in re.findall(r"\bOW_[A-Z_]+\b", path.read_text(encoding="utf-8"))
+}
 
 
 def load_generator() -> ModuleType:

@@ -159,7 +159,7 @@ class FlowRuns:
         return [flow_run.id for flow_run in found]
 
     async def deployment_of(self, flow_run: FlowRun) -> tuple[str | None, dict[str, Any]]:
-        """`flow/deployment` of a flow run and the deployment's job variables; None when it has no deployment."""
+        """`flow/deployment` of a flow run, or None, and the job variables of the deployment."""
         if flow_run.deployment_id is None:
             return None, {}
         deployment = await self._client.read_deployment(flow_run.deployment_id)

@@ -15,6 +15,7 @@ begin
         select old.id from ledger.events old
         where old.created_at < now() - make_interval(days => older_than_days)
           and old.run_id in (select r.id from ledger.runs r where r.finished_at < now() - make_interval(days => older_than_days))
+        order by old.id  -- the oldest first: what is left has no gap
         limit max_rows);
     get diagnostics deleted = row_count;
     return query select jsonb_build_object('deleted', deleted);
