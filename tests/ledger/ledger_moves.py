@@ -285,7 +285,8 @@ OF_CONTROL: list[Chooser] = [
     lose_pod, end_pod, expire_leases, expire_leases, expire_scripts,
 ]  # fmt: skip
 OF_PODS: list[Chooser] = [
-    open_run, open_run, open_run, register_pod, register_pod, renew_lease, renew_lease, release_pod, redeem_bootstrap,
+    open_run, open_run, open_run, register_pod, register_pod, renew_lease, renew_lease, release_pod,
+    redeem_bootstrap,
 ]  # fmt: skip
 OF_RUNS: list[Chooser] = [append_events, append_events, append_log, finish_run, finish_run]
 # What has been prepared, who comes there, and whom it meets.
