@@ -179,7 +179,17 @@ def restart_job(session: Session, job_id: str) -> JobColumns:
             f"Job {job_id!r} cannot be restarted: its files {', '.join(answer['missing'])} were deleted. "
             "Submit it again; local files are uploaded then."
         )
+    if answer["outcome"] == "limit":
+        raise spent(job_id)
     return _changed(answer, job_id, "restarted", "only a failed or canceled job can be.")
+
+
+def spent(job_id: str) -> BudgetExceeded:
+    """The error for a job that a token cannot pay for."""
+    return BudgetExceeded(
+        f"Job {job_id!r} was not started: the token has used up its spending limit. An admin raises it with "
+        "`ow token limit` or `ow.tokens.set_limit`."
+    )
 
 
 def _changed(answer: Mapping[str, Any], job_id: str, change: str, condition: str) -> JobColumns:

@@ -8,14 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from openweights_prefect.errors import BudgetExceeded, ConflictError, InvalidParameterError
+from openweights_prefect.errors import ConflictError, InvalidParameterError
 from openweights_prefect.files.folders import walk_folder
 from openweights_prefect.files.hashing import Digest, digest_path
 from openweights_prefect.files.validation import validate_jsonl
 from openweights_prefect.jobs.request import JobRequest
 from openweights_prefect.jobs.secrets import unknown_secrets
 from openweights_prefect.resources.files import store_file
-from openweights_prefect.resources.job import Job
+from openweights_prefect.resources.job import Job, spent
 from openweights_prefect.resources.session import Session
 from openweights_prefect.types.identity import file_id
 from openweights_prefect.types.job import JobColumns
@@ -61,10 +61,7 @@ def submit(
     for _ in range(_ATTEMPTS):
         [answer] = session.ledger.call("submit_job", job=row)
         if answer["outcome"] == "limit":
-            raise BudgetExceeded(
-                f"Job {row['id']!r} was not submitted: the token has used up its spending limit. An admin "
-                "raises it with `ow token limit` or `ow.tokens.set_limit`."
-            )
+            raise spent(row["id"])
         if answer["outcome"] == "missing_secrets":
             raise unknown_secrets(answer["missing"])
         if answer["outcome"] != "missing_files":

@@ -34,7 +34,7 @@ POLICIES = """
 """
 
 PRIVATE_DEFINERS = set("""
-    audit is_spent link_run_file missing_secrets my_orgs my_role over_budget pod_files pod_jobs pod_run pod_runs
+    audit is_spent link_run_file lock_file missing_files missing_secrets my_orgs my_role over_budget pod_files pod_jobs pod_run pod_runs
     token_rest token_spent track_interval
 """.split())  # fmt: skip
 PUBLIC_DEFINERS = set("""

@@ -14,13 +14,14 @@ from tests.ledger.ledger_world import World
 IMAGE = "openweights/test:latest"
 POD = {"docker_image": IMAGE, "hardware": "1x L4", "gpu_type": "NVIDIA L4", "gpu_count": 1, "vram_gb": 19,
        "cloud": "SECURE", "price_per_hour": 0.4}  # fmt: skip
-FILES = ["mount:file-a", "mount:file-b"]
+FILES = [f"mount:file-{letter}" for letter in "abcd"]
 JOBS: dict[str, dict[str, Any]] = {
     "plain": {},
     "second": {},
     "third": {"retries": 2},
     "retried": {"retries": 1, "files": [FILES[0]]},
-    "reader": {"files": FILES},
+    "reader": {"files": FILES[1:2]},
+    "other reader": {"files": FILES[2:]},
     "large": {"requires_vram_gb": 80},
     "flow": {"type": "flow", "entrypoint": None},
 }
@@ -35,6 +36,13 @@ def open_jobs(world: World) -> list[str]:
     return [
         name for name in JOBS if name not in held or held[name].status in ("pending", "failed", "canceled")
     ]
+
+
+def waiting_readers(world: World) -> list[str]:
+    """Those that read files, and do not yet."""
+    held = world.model.jobs
+    return [name for name in open_jobs(world) if "files" in JOBS[name]
+            and (name not in held or held[name].status != "pending")]  # fmt: skip
 
 
 def idle_pods(world: World) -> list[str]:
@@ -101,7 +109,7 @@ def register_file(draw: Random, world: World) -> Call:
 
 
 def delete_file(draw: Random, world: World) -> Call:
-    return Call("person", "delete_file", {"file_id": draw.choice(FILES)})
+    return Call("person", "delete_file", {"file_id": world.focus.file or draw.choice(FILES)})
 
 
 def submit_job(draw: Random, world: World) -> Call:

@@ -131,6 +131,7 @@ class Focus(NamedTuple):
     pod: str | None = None
     run: uuid.UUID | None = None
     job: str | None = None
+    file: str | None = None
 
 
 class World:

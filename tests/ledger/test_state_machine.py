@@ -43,6 +43,7 @@ from tests.ledger.ledger_moves import (
     redeemed,
     registered,
     stored_file,
+    waiting_readers,
 )
 from tests.ledger.ledger_mutants import MUTANTS, Mutant
 from tests.ledger.ledger_world import Focus, Site, World
@@ -59,7 +60,7 @@ LOCKED: dict[str, list[str | None]] = {
     "claim": ["worker", "worker", "runs", None],
     "work": ["worker", "worker", "jobs", "runs", None],
     "silence": ["worker", None],
-    "files": ["files", "files", "jobs", None],
+    "files": ["audit_log", "audit_log", "files", None],
     "nothing": ["worker", "jobs", None],
 }
 
@@ -180,12 +181,12 @@ class Machine(RuleBasedStateMachine):
 
     def _prepare(self, scene: str, world: World, draw: Random) -> Focus:
         """A job that waits, runs, or runs on a pod whose lease has run out; or files that nobody reads."""
-        job = a_job(draw, world, open_jobs(world))
+        job = a_job(draw, world, (waiting_readers if scene == "files" else open_jobs)(world))
         if scene == "files":
             for file_id in job["files"]:
                 self._make(world, stored_file(file_id))
         if scene in ("nothing", "files"):
-            return Focus(job=job["id"])
+            return Focus(job=job["id"], file=draw.choice(job["files"] or [None]))
         pod = draw.choice(idle_pods(world) or PODS)
         self._bring_up(world, pod)
         self._wait_for_a_pod(world, job)

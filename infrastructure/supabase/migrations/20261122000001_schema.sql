@@ -208,7 +208,6 @@ create index jobs_type on ledger.jobs (organization_id, type, created_at desc, i
 create index jobs_unsuccessful on ledger.jobs (organization_id, status, created_at desc, id desc)
     where status in ('failed', 'canceled');
 create index jobs_params on ledger.jobs using gin (params);
-create index jobs_token on ledger.jobs (token_id) where token_id is not null;
 
 -- One attempt; its id is the id of its Prefect flow run.
 create table ledger.runs (
@@ -219,6 +218,7 @@ create table ledger.runs (
     status text not null default 'pending'
         check (status in ('pending', 'in_progress', 'completed', 'failed', 'canceled', 'lost')),
     worker_id text,
+    token_id uuid references ledger.api_tokens on delete set null,  -- who pays for this attempt
     boot uuid,                                    -- the lease under which it runs
     hinted_worker_id text,
     hinted_at timestamptz,
@@ -243,6 +243,7 @@ create index runs_open on ledger.runs (organization_id, created_at) where status
 create index runs_hinted on ledger.runs (organization_id, hinted_worker_id) where hinted_worker_id is not null;
 create index runs_unsuccessful on ledger.runs (organization_id, status, created_at desc, id desc)
     where status in ('failed', 'canceled', 'lost');
+create index runs_token on ledger.runs (token_id) where token_id is not null;
 create index runs_unmirrored on ledger.runs (organization_id) where not mirrored;
 create index runs_worker on ledger.runs (organization_id, worker_id, created_at);
 create index runs_script_leases on ledger.runs (lease_expires_at) where status = 'in_progress' and lease_expires_at is not null;

@@ -236,7 +236,7 @@ begin
             ('log_chunks', 'ow_pod', 'select insert', 'run_id = any (array(select p.run_id from private.pod_run() p))', null),
             ('budgets', 'authenticated, ow_worker', 'select', null, null),
             ('reservations', 'authenticated', 'select', null, null),
-            ('reservations', 'ow_worker', 'select insert delete', null, null),
+            ('reservations', 'ow_worker', 'select insert update delete', null, null),
             ('pod_intervals', 'authenticated, ow_worker', 'select', null, null)
         ) as t (tab, callers, verbs, which, after),
         regexp_split_to_table(t.verbs, ' ') as v (verb)

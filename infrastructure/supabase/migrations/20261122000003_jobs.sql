@@ -48,6 +48,9 @@ begin
     on conflict do nothing;  -- names no columns: a pod does not see the row before it is linked to its run
     if held_run is not null then
         perform private.link_run_file(held_run, file ->> 'id', file ->> 'sha256');
+        if not exists (select from ledger.files f where f.id = file ->> 'id') then
+            raise exception 'file id % belongs to other content', quote_nullable(file ->> 'id') using errcode = '22023';
+        end if;
     end if;
     return query select to_jsonb(f) from ledger.files f where f.id = file ->> 'id';
 end
@@ -78,15 +81,23 @@ begin
 end
 $$;
 
+-- Waits for those who are about to read the file.
+create function private.lock_file(file_id text) returns void
+language sql security definer
+set search_path = ''
+as $$ select from ledger.files f where f.organization_id = private.my_org() and f.id = file_id for update $$;
+
 -- Refuses while an unfinished job reads the file.
 create function public.delete_file(file_id text) returns setof jsonb
 language plpgsql
 set search_path = ''
 as $$
 declare
-    used_by text := (select j.id from ledger.jobs j
-                     where j.status in ('pending', 'in_progress') and file_id = any (j.files) limit 1);
+    used_by text;
 begin
+    perform private.lock_file(file_id);
+    used_by := (select j.id from ledger.jobs j
+                where j.status in ('pending', 'in_progress') and file_id = any (j.files) limit 1);
     if used_by is not null then
         return query select jsonb_build_object('outcome', 'in_use', 'job_id', used_by);
         return;
@@ -110,17 +121,24 @@ set search_path = ''
 as $$
     update ledger.jobs
     set status = 'pending', attempt = attempt + 1, outputs = null, error = null, pending_reason = null,
-        cancel_requested = false, failed_attempts = 0, lost_attempts = 0, started_at = null, finished_at = null
+        cancel_requested = false, failed_attempts = 0, lost_attempts = 0, started_at = null, finished_at = null,
+        -- Whoever wants it again pays for it; the control plane wants nothing for itself.
+        created_by = case private.claims() ->> 'role' when 'authenticated' then private.my_user() else created_by end,
+        token_id = case private.claims() ->> 'role' when 'authenticated' then private.my_token() else token_id end
     where id = for_job
 $$;
 
--- Those of the wanted files that are not stored; null when none is missing.
+-- Those of the wanted files that are not stored; null when none is missing. The others cannot be deleted before the
+-- caller's transaction ends. Definer, because locking a row needs a right to update it, which nobody has.
 create function private.missing_files(wanted text[]) returns text[]
-language sql stable
+language plpgsql security definer
 set search_path = ''
 as $$
-    select array_agg(f) from unnest(wanted) f
-    where not exists (select 1 from ledger.files known where known.id = f)
+begin
+    perform from ledger.files f where f.organization_id = private.my_org() and f.id = any (wanted) order by f.id for key share;
+    return (select array_agg(f) from unnest(wanted) f where not exists (
+        select from ledger.files known where known.organization_id = private.my_org() and known.id = f));
+end
 $$;
 
 -- Those of the wanted secrets that the caller's organization does not have; null when none is missing.
@@ -145,6 +163,9 @@ declare
     held ledger.jobs;
     answer text;
 begin
+    if wanted.type = 'script' then
+        raise exception 'a job of type script is opened by the script itself' using errcode = '22023';
+    end if;
     if octet_length(job::text) > 1000000 then
         raise exception 'the job takes % bytes as JSON; 1000000 are allowed, and larger things belong into files',
             octet_length(job::text) using errcode = '22023';
@@ -360,6 +381,10 @@ begin
             return query select jsonb_build_object('outcome', 'missing_files', 'missing', to_jsonb(missing));
             return;
         end if;
+        if private.is_spent(private.my_token()) then
+            return query select jsonb_build_object('outcome', 'limit');
+            return;
+        end if;
         perform private.reset_job(held.id);
         perform private.wake_workers();
         answer := 'reset';
@@ -375,7 +400,7 @@ $$;
 create function public.get_run(run_id uuid) returns setof jsonb
 language sql stable
 set search_path = ''
-as $$ select to_jsonb(r) - 'latest' from ledger.runs r where private.known_caller() and r.id = run_id $$;
+as $$ select to_jsonb(r) - 'latest' - 'boot' from ledger.runs r where private.known_caller() and r.id = run_id $$;
 
 -- The newest `max_rows` of those older than `after_id`, oldest of them first.
 create function public.list_runs(
@@ -391,7 +416,7 @@ declare
     seen_at timestamptz := (select a.created_at from ledger.runs a where a.organization_id = org and a.id = after_id);
 begin
     return query
-        select to_jsonb(newest) - 'latest' from (
+        select to_jsonb(newest) - 'latest' - 'boot' from (
             select r.* from ledger.runs r
             where r.organization_id = org
               and (for_job is null or r.job_id = for_job)

@@ -18,12 +18,12 @@ begin
         return;
     end if;
     ending := case when held.cancel_requested then 'canceled'
-                   when held.entrypoint is null or held.lost_attempts + 1 >= 3 then 'failed' end;
+                   when held.entrypoint is null or held.type = 'script' or held.lost_attempts + 1 >= 3 then 'failed' end;
     update ledger.jobs j
     set lost_attempts = j.lost_attempts + 1,
         status = coalesce(ending, 'pending'),
         attempt = j.attempt + (ending is null)::int,
-        error = case when ending = 'failed' and j.entrypoint is null then why
+        error = case when ending = 'failed' and (j.entrypoint is null or j.type = 'script') then why
                      when ending = 'failed' then 'Lost 3 pods in a row; the last one: ' || why end,
         finished_at = case when ending is not null then now() end,
         started_at = case when ending is not null then j.started_at end
@@ -33,7 +33,40 @@ begin
 end
 $$;
 
--- Takes the lease of a pod for the process `as_boot`. What an earlier process of the pod held is lost.
+-- Ends a pod in the eyes of the ledger: its status becomes `verdict`, and the run that it holds at this very moment is
+-- lost. False when that is so already, or when `only_silent` and it has renewed its lease meanwhile.
+create function private.condemn_pod(for_worker text, verdict text, why text, only_silent boolean default false)
+returns boolean
+language plpgsql
+set search_path = ''
+as $$
+declare
+    held ledger.worker;
+begin
+    loop
+        select * into held from ledger.worker w where w.id = for_worker;
+        if not found or held.status in ('terminated', verdict) or (only_silent and held.lease_expires_at >= now()) then
+            return false;
+        end if;
+        -- Locks are taken in the order job, run, worker; who opened or ended a run meanwhile sends us round again.
+        perform from ledger.jobs j join ledger.runs r on r.job_id = j.id where r.id = held.run_id for update of j;
+        update ledger.worker w
+        set status = verdict, boot = null, run_id = null,
+            reason = case verdict when 'lost' then why else coalesce(w.reason, why) end,
+            terminated_at = case verdict when 'terminated' then now() end
+        where w.id = for_worker and w.status = held.status and w.run_id is not distinct from held.run_id
+          and w.lease_expires_at is not distinct from held.lease_expires_at;
+        exit when found;
+    end loop;
+    if held.run_id is not null then
+        perform private.lose_run(held.run_id, why);
+    end if;
+    return true;
+end
+$$;
+
+-- Takes the lease of a pod for the process `as_boot`. What an earlier process of the pod held is lost; asked again by
+-- the same process, however late, nothing changes but the lease.
 create function public.register_pod(for_worker text, as_boot uuid, lease_seconds int, models text[])
 returns setof jsonb
 language plpgsql
@@ -42,21 +75,29 @@ as $$
 declare
     held ledger.worker;
 begin
-    select * into held from ledger.worker w where w.id = for_worker;
-    if not found then
-        return query select jsonb_build_object('outcome', 'refused');
-        return;
-    end if;
+    loop
+        select * into held from ledger.worker w where w.id = for_worker;
+        if not found then
+            return query select jsonb_build_object('outcome', 'refused');
+            return;
+        elsif held.status not in ('starting', 'active', 'busy') then
+            return query select jsonb_build_object('outcome', 'shutdown');
+            return;
+        end if;
+        -- Locks are taken in the order job, run, worker; who opened or ended a run meanwhile sends us round again.
+        perform from ledger.jobs j join ledger.runs r on r.job_id = j.id where r.id = held.run_id for update of j;
+        update ledger.worker w
+        set status = case when w.boot = as_boot then w.status else 'active' end,
+            run_id = case when w.boot = as_boot then w.run_id end,
+            idle_since = case when w.boot = as_boot then w.idle_since else now() end,
+            boot = as_boot, heartbeat_at = now(), active_at = coalesce(w.active_at, now()), cached_models = models,
+            lease_expires_at = now() + make_interval(secs => least(lease_seconds, 3600))
+        where w.id = for_worker and w.status = held.status and w.boot is not distinct from held.boot
+          and w.run_id is not distinct from held.run_id;
+        exit when found;
+    end loop;
     if held.run_id is not null and held.boot is distinct from as_boot then
         perform private.lose_run(held.run_id, 'the agent of pod ' || for_worker || ' restarted');
-    end if;
-    update ledger.worker w
-    set status = 'active', boot = as_boot, run_id = null, heartbeat_at = now(), active_at = coalesce(w.active_at, now()),
-        idle_since = now(), cached_models = models, lease_expires_at = now() + make_interval(secs => lease_seconds)
-    where w.id = for_worker and w.status in ('starting', 'active', 'busy');
-    if not found then
-        return query select jsonb_build_object('outcome', 'shutdown');
-        return;
     end if;
     perform private.wake_workers();
     return query select jsonb_build_object('outcome', 'registered', 'deadline_at', extract(epoch from w.deadline_at),
@@ -83,7 +124,7 @@ language plpgsql security definer
 set search_path = ''
 as $$
 declare
-    org uuid := private.my_org();
+    org uuid := (select o from private.my_orgs() as o);  -- null: the pod has ended
     pod ledger.worker;
     cancel boolean;
     next_run uuid;
@@ -91,7 +132,7 @@ begin
     -- A heartbeat that is lost with the machine costs nothing: it does not wait for the disk.
     perform set_config('synchronous_commit', 'off', true);
     update ledger.worker w
-    set heartbeat_at = now(), lease_expires_at = now() + make_interval(secs => lease_seconds), cached_models = models
+    set heartbeat_at = now(), lease_expires_at = now() + make_interval(secs => least(lease_seconds, 3600)), cached_models = models
     where w.organization_id = org and w.id = for_worker and w.id = private.my_pod() and w.boot = as_boot
       and w.status in ('active', 'busy', 'draining')
     returning * into pod;
@@ -138,7 +179,7 @@ language plpgsql security definer
 set search_path = ''
 as $$
 declare
-    org uuid := private.my_org();
+    org uuid := (select o from private.my_orgs() as o);
     held_job ledger.jobs;
     held_run ledger.runs;
     pod ledger.worker;
@@ -157,7 +198,7 @@ begin
         when held_run.status <> 'pending' then 'the run is ' || held_run.status
         when held_job.status <> 'pending' then 'the job is ' || held_job.status
         when held_run.attempt <> held_job.attempt then 'a newer attempt exists'
-        when pod.boot is distinct from as_boot or pod.lease_expires_at < now() then 'the lease is lost'
+        when pod.boot is distinct from as_boot or pod.lease_expires_at < clock_timestamp() then 'the lease is lost'
         when pod.status <> 'active' or pod.shutdown_requested then 'the pod is ' || pod.status
         when not private.fits(held_job, pod) then 'the pod does not fit'
     end;
@@ -256,6 +297,9 @@ declare
     again boolean;
     outputs_found jsonb;
 begin
+    if result is null or result not in ('completed', 'failed', 'canceled', 'lost') then
+        raise exception 'result=% is none of completed, failed, canceled, lost', quote_nullable(result) using errcode = '22023';
+    end if;
     select j.* into held_job from ledger.jobs j join ledger.runs r on r.job_id = j.id where r.id = for_run for update of j;
     select * into held_run from ledger.runs r where r.id = for_run and r.boot = as_boot for update;
     if held_run.id is null or held_run.status not in ('in_progress', result) then

@@ -38,8 +38,8 @@ declare
 begin
     select * into held from ledger.jobs j where j.id = for_job for update;
     if held.status = 'pending' and held.attempt = for_attempt then
-        insert into ledger.runs (id, organization_id, job_id, attempt)
-        values (flow_run, held.organization_id, for_job, for_attempt)
+        insert into ledger.runs (id, organization_id, job_id, attempt, token_id)
+        values (flow_run, held.organization_id, for_job, for_attempt, held.token_id)
         on conflict do nothing;
     end if;
     return query select jsonb_build_object('outcome', case when exists (
@@ -113,27 +113,25 @@ as $$
 declare
     org uuid := private.my_org();
     wanted ledger.worker := jsonb_populate_record(null::ledger.worker, pod);
-    most numeric;
+    most numeric := wanted.price_per_hour * ttl_seconds / 3600;
 begin
     perform pg_advisory_xact_lock(hashtextextended('ow_pods:' || org::text, 0));
-    if (select count(*) from ledger.worker w where w.organization_id = org and w.status <> 'terminated') >= max_pods then
-        return query select jsonb_build_object('outcome', 'limit');
-        return;
+    if not exists (select 1 from ledger.worker w where w.id = wanted.id) then  -- else asked again: the first answer was lost
+        if (select count(*) from ledger.worker w where w.organization_id = org and w.status <> 'terminated')
+           >= coalesce(max_pods, 0) then
+            return query select jsonb_build_object('outcome', 'limit');
+            return;
+        elsif private.over_budget(most) then
+            return query select jsonb_build_object('outcome', 'budget');
+            return;
+        end if;
+        insert into ledger.worker (id, organization_id, docker_image, hardware, gpu_type, gpu_count, vram_gb, cloud,
+                                   price_per_hour, bootstrap_hash, deadline_at)
+        values (wanted.id, org, wanted.docker_image, wanted.hardware, wanted.gpu_type, wanted.gpu_count, wanted.vram_gb,
+                wanted.cloud, wanted.price_per_hour, intend_pod.bootstrap_hash,
+                now() + make_interval(secs => ttl_seconds));
+        insert into ledger.reservations (organization_id, worker_id, usd) values (org, wanted.id, most);
     end if;
-    most := wanted.price_per_hour * ttl_seconds / 3600;
-    if exists (select 1 from ledger.worker w where w.id = wanted.id) then
-        null;  -- asked again: the first answer was lost
-    elsif private.over_budget(most) then
-        return query select jsonb_build_object('outcome', 'budget');
-        return;
-    end if;
-    insert into ledger.worker (id, organization_id, docker_image, hardware, gpu_type, gpu_count, vram_gb, cloud,
-                               price_per_hour, bootstrap_hash, deadline_at)
-    values (wanted.id, org, wanted.docker_image, wanted.hardware, wanted.gpu_type, wanted.gpu_count, wanted.vram_gb,
-            wanted.cloud, wanted.price_per_hour, intend_pod.bootstrap_hash,
-            now() + make_interval(secs => ttl_seconds))
-    on conflict (organization_id, id) do nothing;
-    insert into ledger.reservations (organization_id, worker_id, usd) values (org, wanted.id, most) on conflict do nothing;
     return query select jsonb_build_object('outcome', 'intended', 'deadline_at', extract(epoch from w.deadline_at))
                  from ledger.worker w where w.id = wanted.id;
 end
@@ -147,7 +145,13 @@ as $$
 begin
     update ledger.worker w set pod_id = provider_id, price_per_hour = price
     where w.id = for_worker and w.status <> 'terminated' and (w.pod_id is null or w.pod_id = provider_id);
-    return query select jsonb_build_object('outcome', case when found then 'recorded' else 'refused' end);
+    if not found then
+        return query select jsonb_build_object('outcome', 'refused');
+        return;
+    end if;
+    update ledger.reservations r set usd = price * extract(epoch from w.deadline_at - w.created_at) / 3600
+    from ledger.worker w where w.id = for_worker and r.worker_id = w.id and r.organization_id = w.organization_id;
+    return query select jsonb_build_object('outcome', 'recorded');
 end
 $$;
 
@@ -156,15 +160,8 @@ create function public.lose_pod(for_worker text, why text) returns setof jsonb
 language plpgsql
 set search_path = ''
 as $$
-declare
-    held_run uuid := (select w.run_id from ledger.worker w where w.id = for_worker);
 begin
-    if held_run is not null then
-        perform private.lose_run(held_run, why);
-    end if;
-    update ledger.worker w set status = 'lost', reason = why, boot = null, run_id = null
-    where w.id = for_worker and w.status not in ('lost', 'terminated');
-    if not found then
+    if not private.condemn_pod(for_worker, 'lost', why) then
         return query select jsonb_build_object('outcome', 'refused');
         return;
     end if;
@@ -183,9 +180,11 @@ declare
 begin
     perform private.my_org();
     for silent in select w.id from ledger.worker w
-                  where w.status in ('active', 'busy', 'draining') and w.lease_expires_at < now() loop
-        return query select jsonb_build_object('worker_id', silent)
-                     from public.lose_pod(silent, 'pod ' || silent || ' was silent for longer than its lease');
+                  where w.status in ('active', 'busy', 'draining') and w.lease_expires_at < now() order by w.id loop
+        if private.condemn_pod(silent, 'lost', 'pod ' || silent || ' was silent for longer than its lease', true) then
+            perform private.wake_workers();
+            return query select jsonb_build_object('worker_id', silent);
+        end if;
     end loop;
 end
 $$;
@@ -195,16 +194,8 @@ create function public.end_pod(for_worker text, why text default null) returns s
 language plpgsql
 set search_path = ''
 as $$
-declare
-    held_run uuid := (select w.run_id from ledger.worker w where w.id = for_worker);
 begin
-    if held_run is not null then
-        perform private.lose_run(held_run, coalesce(why, 'the pod ended'));
-    end if;
-    update ledger.worker w
-    set status = 'terminated', terminated_at = now(), boot = null, run_id = null, reason = coalesce(w.reason, why)
-    where w.id = for_worker and w.status <> 'terminated';
-    if not found then
+    if not private.condemn_pod(for_worker, 'terminated', coalesce(why, 'the pod ended')) then
         return query select jsonb_build_object('outcome', 'refused');
         return;
     end if;

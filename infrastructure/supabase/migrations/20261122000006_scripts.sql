@@ -9,11 +9,14 @@ begin
     insert into ledger.jobs (id, organization_id, type, status, entrypoint, docker_image, started_at, created_by, token_id)
     values (for_job, private.my_org(), 'script', 'in_progress', command, '', now(), private.my_user(), private.my_token())
     on conflict (organization_id, id) do nothing;
-    insert into ledger.runs (id, organization_id, job_id, attempt, status, boot, started_at, lease_expires_at, mirrored)
-    values (for_run, private.my_org(), for_job, 1, 'in_progress', as_boot, now(),
-            now() + make_interval(secs => lease_seconds), true)
-    on conflict (id) do nothing;
-    return query select jsonb_build_object('outcome', 'opened');
+    if found then
+        insert into ledger.runs (id, organization_id, job_id, attempt, status, boot, started_at, token_id, lease_expires_at, mirrored)
+        values (for_run, private.my_org(), for_job, 1, 'in_progress', as_boot, now(), private.my_token(),
+                now() + make_interval(secs => least(lease_seconds, 3600)), true);
+    end if;
+    return query select jsonb_build_object('outcome', case when exists (
+        select from ledger.runs r where r.id = for_run and r.job_id = for_job and r.boot = as_boot
+        and r.status = 'in_progress' and r.lease_expires_at is not null) then 'opened' else 'refused' end);
 end
 $$;
 
@@ -22,8 +25,8 @@ language plpgsql
 set search_path = ''
 as $$
 begin
-    update ledger.runs r set lease_expires_at = now() + make_interval(secs => lease_seconds)
-    where r.id = for_run and r.boot = as_boot and r.status = 'in_progress';
+    update ledger.runs r set lease_expires_at = now() + make_interval(secs => least(lease_seconds, 3600))
+    where r.id = for_run and r.boot = as_boot and r.status = 'in_progress' and r.lease_expires_at is not null;
     return query select jsonb_build_object('fenced', not found);
 end
 $$;

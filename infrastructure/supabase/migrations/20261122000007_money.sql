@@ -38,16 +38,14 @@ language sql stable
 set search_path = ''
 as $$ select spell.price_per_hour * extract(epoch from coalesce(spell.ended_at, now()) - spell.started_at) / 3600 $$;
 
--- What the runs of a token's jobs have cost until now.
+-- What the runs that a token asked for have cost until now.
 create function private.token_spent(for_token uuid) returns numeric
 language sql stable security definer
 set search_path = ''
 as $$
     select coalesce(sum(private.cost_usd(i)), 0)
-    from ledger.jobs j
-    join ledger.runs r on r.organization_id = j.organization_id and r.job_id = j.id
-    join ledger.pod_intervals i on i.run_id = r.id
-    where j.token_id = for_token
+    from ledger.runs r join ledger.pod_intervals i on i.run_id = r.id
+    where r.token_id = for_token
 $$;
 
 -- True when `more` USD would go beyond the budget: spent, and what the live pods may still cost.
