@@ -7,7 +7,14 @@ from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from openweights_prefect.errors import ConflictError, JobFailed, LedgerUnavailable, NotFoundError, WaitTimeout
+from openweights_prefect.errors import (
+    BudgetExceeded,
+    ConflictError,
+    JobFailed,
+    LedgerUnavailable,
+    NotFoundError,
+    WaitTimeout,
+)
 from openweights_prefect.resources.download import download_run
 from openweights_prefect.resources.events import Event, latest_values, read_events, run_scope
 from openweights_prefect.resources.files import PathLike
