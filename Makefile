@@ -3,6 +3,9 @@ PYTHON ?= python3
 TORCH  := torch==2.13.0
 LOCK   := infrastructure/environments/job-cpu.txt
 
+# Whole stacks, whose limits are in seconds: one at a time, with the machine to itself.
+APART  := tests/faults tests/stack tests/test_wheel.py
+
 .PHONY: help quickstart up down test check attacks format bench-dispatch bench-ledger bench-files clean
 
 help:
@@ -52,7 +55,8 @@ test: .venv-job/installed
 	.venv-test/bin/ruff format --check .
 	.venv-test/bin/ruff check .
 	.venv-test/bin/mypy
-	OW_JOB_PYTHON=$(CURDIR)/.venv-job/bin/python .venv-test/bin/python -m pytest $(ARGS)
+	OW_JOB_PYTHON=$(CURDIR)/.venv-job/bin/python .venv-test/bin/python -m pytest -n 2 --dist loadfile $(APART:%=--ignore=%) $(ARGS)
+	OW_JOB_PYTHON=$(CURDIR)/.venv-job/bin/python .venv-test/bin/python -m pytest $(APART) $(ARGS)
 
 check:
 	ruff format --check .

@@ -116,7 +116,7 @@ def chats(number: int) -> list[dict[str, Any]]:
 def events(work: Path, tag: str | None = None) -> list[dict[str, Any]]:
     """What was logged, in order."""
     lines = (work / "events.jsonl").read_text(encoding="utf-8").splitlines()
-    data: list[dict[str, Any]] = [json.loads(line)["data"] for line in lines]
+    data: list[dict[str, Any]] = [json.loads(line)["data"] for line in lines if line]
     return [event for event in data if tag is None or event.get("tag") == tag]
 
 

@@ -24,7 +24,7 @@ class Params(BaseModel):
 class Script(Jobs):
     """What a user writes; named here, so that tests need not register it."""
 
-    name = "script"
+    name = "program"
     params = Params
 
     def get_entrypoint(self, validated_params: Params) -> str:

@@ -10,7 +10,7 @@ begin
     foreach role_name in array array['ow_worker', 'ow_pod'] loop
         if to_regrole(role_name) is null then
             begin
-                execute format('create role %I nologin noinherit', role_name);
+                execute format('create role %I nologin', role_name);
             exception
                 when duplicate_object or unique_violation then null;
             end;

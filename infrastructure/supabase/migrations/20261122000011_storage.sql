@@ -10,9 +10,9 @@ begin
     on conflict (id) do update set public = false;
 
     -- How Supabase lets a role of one's own reach the schema `storage`; `anon` has no other right of use.
-    alter role ow_worker inherit;
-    alter role ow_pod inherit;
-    grant anon to ow_worker, ow_pod;
+    if not (pg_has_role('ow_worker', 'anon', 'member') and pg_has_role('ow_pod', 'anon', 'member')) then
+        grant anon to ow_worker, ow_pod;
+    end if;
 
     -- The folder of the caller's organization. Nobody's is none: what is raised in a policy, the storage service
     -- answers like an outage.
