@@ -341,12 +341,12 @@ def test_a_pool_without_a_free_connection_is_a_clear_error_in_time(site: Site) -
     with site.admin() as other, site.admin() as watch, ThreadPoolExecutor(9) as threads:
         watch.autocommit = True
         other.execute("select from ledger.jobs for update")
-        cancel = lambda: ledger.call("cancel_job", job_id="held")  # noqa: E731
-        calls = [threads.submit(refused_in, 3, cancel) for _ in range(8)]
+        again = lambda: ledger.call("restart_job", job_id="held")  # noqa: E731
+        calls = [threads.submit(refused_in, 3, again) for _ in range(8)]
         until(lambda: _waits(watch, calls=8))
         message = refused_in(1, lambda: ledger.call("ping", patience_seconds=1))
         assert "ping" in message
-        assert all("cancel_job" in call.result(timeout=30) for call in calls)
+        assert all("restart_job" in call.result(timeout=30) for call in calls)
     assert submit(ledger, "held") == "joined"
 
 
