@@ -72,6 +72,13 @@ def postmaster_pid(server: EmbeddedPostgres) -> int:
     return int(pid_file(server).read_text().split()[0])
 
 
+def await_state(state: str, server: EmbeddedPostgres) -> None:
+    deadline = time.monotonic() + 20
+    while state not in pid_file(server).read_text().split():
+        assert time.monotonic() < deadline, f"the server never said that it is {state}"
+        time.sleep(0.01)
+
+
 def pid_file(server: EmbeddedPostgres) -> Path:
     (data,) = embedded_layout.locate(server.folder).data_folders().values()
     return data / "postmaster.pid"
@@ -166,6 +173,7 @@ def test_start_waits_for_a_shutdown(server: EmbeddedPostgres) -> None:
     pid = postmaster_pid(server)
     client = psycopg.connect(server.url(database="postgres"))
     os.kill(pid, signal.SIGTERM)  # A smart shutdown, which waits for the client.
+    await_state("stopping", server)
     threading.Timer(0.5, client.close).start()
     embedded.start(server.folder, fsync=False)
     assert postmaster_pid(server) != pid
