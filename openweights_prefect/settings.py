@@ -72,6 +72,9 @@ class Settings:
     )
     image: str = _setting("OW_IMAGE", "openweights/fine-tuning:latest", "Image of jobs that name none.")
     job_python: str = _setting("OW_JOB_PYTHON", "", "Interpreter of the job environment (torch, TRL).")
+    min_cuda: str = _setting(
+        "OW_MIN_CUDA", "12.8", "Lowest CUDA version of a host's driver for jobs that name none."
+    )
     max_workers: int = _setting("OW_MAX_WORKERS", 8, "Most pods alive at once in the organization.")
     pod_idle_seconds: int = _setting("OW_POD_IDLE_SECONDS", 300, "A pod without work ends after this long.")
     pod_ttl_hours: float = _setting("OW_POD_TTL_HOURS", 24.0, "A pod ends at the latest after this long.")
@@ -79,11 +82,28 @@ class Settings:
         "OW_LEASE_SECONDS", 120, "A pod that is silent for this long has lost its run."
     )
     heartbeat_seconds: float = _setting("OW_HEARTBEAT_SECONDS", 5.0, "How often a pod renews its lease.")
+    first_log_seconds: int = _setting(
+        "OW_POD_FIRST_LOG_SECONDS", 180, "A pod whose machine has logged nothing after this long is replaced."
+    )
     boot_seconds: int = _setting(
         "OW_BOOT_SECONDS", 1500, "A pod that has not reported after this long is replaced."
     )
+    cancel_grace_seconds: float = _setting(
+        "OW_CANCEL_GRACE_SECONDS", 3.0, "From SIGTERM to SIGKILL for the processes of a canceled run."
+    )
+    checkpoint_grace_seconds: float = _setting(
+        "OW_CHECKPOINT_GRACE_SECONDS", 60.0, "The same for a run whose pod reached its deadline."
+    )
+    gpu_check: str = _setting(
+        "OW_GPU_CHECK",
+        "full",
+        "What a pod checks before it takes work: `full`, `inventory` (no computation) or `off`.",
+    )
     event_retention_days: int = _setting(
         "OW_EVENT_RETENTION_DAYS", 0, "Days to keep events of ended runs; 0 keeps them for ever."
+    )
+    prefect_proxy_url: str = _setting(
+        "OW_PREFECT_PROXY_URL", "", "Address that pods use as their Prefect API; empty: the API itself."
     )
     prefect_port: int = _setting("OW_PREFECT_PORT", 4200, "Port of the local Prefect server.")
     simulator_port: int = _setting("OW_SIMULATOR_PORT", 4280, "Port of the simulated RunPod.")

@@ -51,6 +51,14 @@ class ProviderOutage(ProviderError):
     """The provider does not answer, or not in its own language; nothing was created."""
 
 
+class ImageError(ProviderError):
+    """The image cannot be pulled: it is missing, or nobody may read it. No other machine helps."""
+
+
+class HostUnusable(ProviderError):
+    """This machine cannot run the container; another one may."""
+
+
 @dataclass(frozen=True)
 class PodRequest:
     """One pod to buy. The name must be new: it is what finds the pod after an ambiguous answer."""
@@ -66,6 +74,8 @@ class PodRequest:
     """The container's command: shell words, or JSON with `entrypoint` and `cmd`."""
     min_cuda: str | None = None
     """Lowest CUDA version of the host's driver, such as `12.8`."""
+    min_vcpu_per_gpu: int | None = None
+    min_ram_gb_per_gpu: int | None = None
     price_ceiling: float | None = None
     """USD an hour for the whole pod; a pod that comes out dearer is ended at once."""
 
@@ -85,6 +95,12 @@ class ProviderPod:
     image: str
     gpu_id: str
     gpu_count: int
+    host: str | None = None
+    """A weak fingerprint of the machine; None while there is none, or when the provider does not tell."""
+    cuda: str | None = None
+    """CUDA version of the host's driver."""
+    vcpu: int = 0
+    ram_gb: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,6 +117,11 @@ class Offer:
     """GPU memory of the whole pod."""
     availability: Availability
     """A hint for the order of tries, not a promise in either direction."""
+
+    @property
+    def key(self) -> str:
+        """What refusals of it are remembered by."""
+        return f"{self.gpu_id}|{self.count}|{self.cloud}"
 
     def __str__(self) -> str:
         return f"{self.count}x {self.gpu_name} ({self.cloud.lower()}, ${self.price_per_hour:.2f}/h)"
@@ -134,4 +155,8 @@ class Provider(Protocol):
 
     async def offers(self) -> builtins.list[Offer]:
         """What the catalogue says can be bought now."""
+        ...
+
+    async def system_log(self, pod_id: str) -> builtins.list[str]:
+        """What the machine logged of a pod so far, oldest first: pull, start, and why a container does not start."""
         ...
