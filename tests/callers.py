@@ -26,8 +26,15 @@ CONTROL = [
     "known_runs",
     "expire_scripts",
     "expire_events",
+    "fail_job",
+    "known_pods",
+    "note_refusal",
+    "clear_refusal",
+    "publish_catalogue",
+    "pod_of_proxy",
+    "record_duplicate",
 ]
-POD = ["register_pod", "renew_lease", "open_run", "release_pod", "job_secrets", "abandon_run"]
+POD = ["reject_pod", "register_pod", "renew_lease", "open_run", "release_pod", "job_secrets", "abandon_run"]
 
 
 def bootstrap_hash(worker_id: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, Protocol, runtime_checkable
 
 Row = dict[str, Any]
@@ -34,3 +35,13 @@ class Notifying(Protocol):
     def wait_for_change(self, job_id: str, seconds: float) -> None:
         """Sleep, less long when the job has ended meanwhile. A hint: its caller looks in any case."""
         ...
+
+
+async def ask(ledger: Ledger, function: str, **arguments: Any) -> list[Row]:
+    """Call a function without blocking the event loop."""
+    return await asyncio.to_thread(ledger.call, function, **arguments)
+
+
+async def ask_one(ledger: Ledger, function: str, **arguments: Any) -> Row:
+    """The first row of the answer, likewise."""
+    return (await ask(ledger, function, **arguments))[0]

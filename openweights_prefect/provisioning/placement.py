@@ -2,42 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from openweights_prefect.types.hardware import Needs
 
 HINT_SECONDS = 10.0
 """For so long a hinted pod is expected to claim its run before others may."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WaitingRun:
-    """A pending attempt; `run_id` is None until its flow run exists."""
+    """A pending attempt."""
 
     job_id: str
     run_id: str | None
+    """None until its flow run exists."""
     attempt: int
     model: str | None
-    docker_image: str
-    requires_vram_gb: int
-    allowed_hardware: tuple[str, ...] | None
-    max_price_per_hour: float | None
-    hinted_worker_id: str | None
-    hinted_seconds_ago: float | None
+    priority: int
+    owner: str | None
+    """The user who wants it."""
+    needs_class: str
+    """Runs of one class fit the same pods."""
+    needs: Needs
+    hinted_worker_id: str | None = None
+    hinted_seconds_ago: float | None = None
 
     @classmethod
-    def from_row(cls, row: dict[str, Any]) -> WaitingRun:
+    def from_row(cls, row: Mapping[str, Any]) -> WaitingRun:
         """Read a row of `control_snapshot`."""
-        allowed = row["allowed_hardware"]
         return cls(
             job_id=row["job_id"],
             run_id=row["run_id"],
             attempt=row["attempt"],
             model=row["model"],
-            docker_image=row["docker_image"],
-            requires_vram_gb=row["requires_vram_gb"],
-            allowed_hardware=None if allowed is None else tuple(allowed),
-            max_price_per_hour=row["max_price_per_hour"],
+            priority=row["priority"],
+            owner=row["owner"],
+            needs_class=row["needs_class"],
+            needs=Needs.from_row(row),
             hinted_worker_id=row["hinted_worker_id"],
             hinted_seconds_ago=row["hinted_seconds_ago"],
         )
@@ -48,25 +52,34 @@ class WaitingRun:
         return self.hinted_seconds_ago is not None and self.hinted_seconds_ago < HINT_SECONDS
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Pod:
-    """A pod that is not terminated."""
+    """A pod that is not terminated. Ages are in seconds; None where there is nothing to count from."""
 
     id: str
     pod_id: str | None
+    """The provider's id; None until it is known."""
     status: str
     docker_image: str
     hardware: str
-    vram_gb: int
     price_per_hour: float
-    cached_models: tuple[str, ...]
-    run_id: str | None
-    shutdown_requested: bool
-    age_seconds: float
-    overdue_seconds: float
+    cached_models: tuple[str, ...] = ()
+    run_id: str | None = None
+    bought_for: str | None = None
+    """The job that made it necessary."""
+    host: str | None = None
+    reason: str | None = None
+    """Why it is to end."""
+    shutdown_requested: bool = False
+    age_seconds: float = 0.0
+    idle_seconds: float | None = None
+    overdue_seconds: float = float("-inf")
+    """Since its deadline; negative before."""
+    silent_seconds: float | None = None
+    """Since its lease ran out, without output of its run either; negative while it counts as alive."""
 
     @classmethod
-    def from_row(cls, row: dict[str, Any]) -> Pod:
+    def from_row(cls, row: Mapping[str, Any]) -> Pod:
         """Read a row of `control_snapshot`."""
         return cls(
             id=row["id"],
@@ -74,14 +87,23 @@ class Pod:
             status=row["status"],
             docker_image=row["docker_image"],
             hardware=row["hardware"],
-            vram_gb=row["vram_gb"],
             price_per_hour=float(row["price_per_hour"]),
             cached_models=tuple(row["cached_models"]),
             run_id=row["run_id"],
+            bought_for=row["bought_for"],
+            host=row["host"],
+            reason=row["reason"],
             shutdown_requested=row["shutdown_requested"],
             age_seconds=float(row["age_seconds"]),
+            idle_seconds=row["idle_seconds"],
             overdue_seconds=float(row["overdue_seconds"]),
+            silent_seconds=row["silent_seconds"],
         )
+
+    @property
+    def is_idle(self) -> bool:
+        """It waits for a run."""
+        return self.status == "active" and self.run_id is None and not self.shutdown_requested
 
 
 @dataclass
@@ -92,56 +114,65 @@ class Plan:
     """Run id -> worker id."""
     purchases: list[WaitingRun] = field(default_factory=list)
     """Runs that need a new pod each."""
+    retire: list[str] = field(default_factory=list)
+    """Idle pods to end, because nothing that waits can use them and their places are wanted."""
     reasons: dict[str, str] = field(default_factory=dict)
     """Job id -> why it waits."""
 
 
-def fits(run: WaitingRun, pod: Pod) -> bool:
-    """True when the pod may execute the run; the ledger's `open_run` checks the same."""
-    if pod.docker_image != run.docker_image:
-        return False
-    if run.max_price_per_hour is not None and pod.price_per_hour > run.max_price_per_hour:
-        return False
-    if run.allowed_hardware is not None:
-        return pod.hardware in run.allowed_hardware
-    return run.requires_vram_gb <= pod.vram_gb
-
-
-def place(waiting: Sequence[WaitingRun], pods: Sequence[Pod], *, being_bought: int, max_workers: int) -> Plan:
+def place(
+    waiting: Sequence[WaitingRun],
+    pods: Sequence[Pod],
+    *,
+    fitting: Mapping[str, Collection[str]],
+    being_bought: int,
+    max_workers: int,
+    paused: str | None = None,
+) -> Plan:
     """Point runs, in the order given, at idle pods; count starting pods; buy the rest up to the limit.
 
-    `being_bought` pods are on their way to a row in the ledger and count against the limit too.
+    `fitting` has the pods that each class of needs fits; the ledger says so, and nobody else. `being_bought`
+    pods are on their way to a row in the ledger and count against the limit too. With `paused`, the reason
+    for it, nothing is bought.
     """
     plan = Plan()
-    reserved = {run.hinted_worker_id for run in waiting if run.freshly_hinted}
-    idle = [
-        pod for pod in pods if pod.status == "active" and pod.run_id is None and not pod.shutdown_requested
-    ]
-    idle = [pod for pod in idle if pod.id not in reserved]
-    starting = [pod for pod in pods if pod.status == "starting"]
+    taken = {run.hinted_worker_id for run in waiting if run.freshly_hinted}
+    idle = {pod.id: pod for pod in pods if pod.is_idle and pod.id not in taken}
+    starting = {pod.id: pod for pod in pods if pod.status == "starting"}
+    usable = {worker for run in waiting for worker in fitting.get(run.needs_class, ())}
+    useless = sorted(
+        (pod for pod in idle.values() if pod.id not in usable), key=lambda pod: pod.price_per_hour
+    )
     room = max_workers - len(pods) - being_bought
     for run in waiting:
         if run.run_id is None or run.freshly_hinted:
             continue
-        pod = min(
-            (pod for pod in idle if fits(run, pod)), key=lambda pod: _preference(run, pod), default=None
-        )
-        if pod is not None:
-            idle.remove(pod)
-            plan.hints[run.run_id] = pod.id
-            continue
-        pod = next((pod for pod in starting if fits(run, pod)), None)
-        if pod is not None:
-            starting.remove(pod)
+        fits = fitting.get(run.needs_class, ())
+        if pod := _preferred(run, [idle[worker] for worker in fits if worker in idle]):
+            plan.hints[run.run_id] = idle.pop(pod.id).id
+        elif pod := _oldest([starting[worker] for worker in fits if worker in starting]):
+            starting.pop(pod.id)
             plan.reasons[run.job_id] = f"pod {pod.id} ({pod.hardware}) is starting"
+        elif paused is not None:
+            plan.reasons[run.job_id] = paused
         elif room > 0:
             room -= 1
             plan.purchases.append(run)
         else:
             plan.reasons[run.job_id] = f"pod limit: all {max_workers} pods of the organization are in use"
+            if useless:
+                plan.retire.append(useless.pop().id)
     return plan
 
 
-def _preference(run: WaitingRun, pod: Pod) -> tuple[bool, float]:
+def _preferred(run: WaitingRun, pods: Sequence[Pod]) -> Pod | None:
     """The model on its disk first, then the cheapest."""
-    return run.model not in pod.cached_models, pod.price_per_hour
+    return min(
+        pods,
+        key=lambda pod: (run.model not in pod.cached_models, pod.price_per_hour, pod.id),
+        default=None,
+    )
+
+
+def _oldest(pods: Sequence[Pod]) -> Pod | None:
+    return max(pods, key=lambda pod: (pod.age_seconds, pod.id), default=None)

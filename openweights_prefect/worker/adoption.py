@@ -14,6 +14,7 @@ from openweights_prefect.settings import Settings
 
 DEPLOYMENTS = {FINE_TUNING: "fine-tuning/fine-tuning"}
 CUSTOM_DEPLOYMENT = "custom-job/custom-job"
+_HOST = ("cloud", "min_cuda", "min_vcpu", "min_ram_gb")
 _OTHER_TYPES = frozenset({*DEPLOYMENTS, "flow", "script"})
 
 
@@ -66,6 +67,7 @@ def variables_of(row: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
         "requires_vram_gb": row["requires_vram_gb"],
         "allowed_hardware": row["allowed_hardware"],
         "max_price_per_hour": row["max_price_per_hour"],
+        **{name: row.get(name) for name in _HOST},
         "priority": row["priority"],
     }
     return {name: value for name, value in wishes.items() if value is not None}
@@ -90,6 +92,7 @@ def _flow_row(
         "requires_vram_gb": options.requires_vram_gb or 0,
         "allowed_hardware": options.allowed_hardware,
         "max_price_per_hour": options.max_price_per_hour,
+        **{name: getattr(options, name) for name in _HOST},
         "priority": options.priority,
         "timeout_seconds": options.timeout,
         "secrets": options.secrets,

@@ -17,6 +17,10 @@ class RunPodJobConfiguration(BaseJobConfiguration):
     requires_vram_gb: int | None = Field(default=None)
     allowed_hardware: list[str] | None = Field(default=None)
     max_price_per_hour: float | None = Field(default=None)
+    cloud: str | None = Field(default=None)
+    min_cuda: str | None = Field(default=None)
+    min_vcpu: int | None = Field(default=None)
+    min_ram_gb: int | None = Field(default=None)
     priority: int = Field(default=0)
     timeout: int | None = Field(default=None)
     secrets: list[str] | None = Field(default=None)
@@ -37,6 +41,27 @@ class RunPodVariables(BaseVariables):
     )
     max_price_per_hour: float | None = Field(
         default=None, gt=0, description="Dearest pod to use, in USD per hour for the whole pod."
+    )
+    cloud: str | None = Field(
+        default=None,
+        description=(
+            "`secure` for machines in data centers, `community` for the cheaper ones of other people; "
+            "leave empty for either."
+        ),
+    )
+    min_cuda: str | None = Field(
+        default=None,
+        pattern=r"^\d{1,3}\.\d{1,3}$",
+        description=(
+            "Lowest CUDA version of the machine's driver, such as `12.8`; the CUDA version of the image "
+            "decides. Leave empty for the installation's default."
+        ),
+    )
+    min_vcpu: int | None = Field(
+        default=None, ge=1, le=1024, description="Virtual CPUs that the whole pod has at least."
+    )
+    min_ram_gb: int | None = Field(
+        default=None, ge=1, le=16_384, description="RAM in GB that the whole pod has at least."
     )
     priority: int = Field(default=0, ge=-100, le=100, description="Higher goes first.")
     timeout: int | None = Field(default=None, gt=0, description="The run fails when it takes longer.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Any
@@ -12,11 +13,14 @@ import anyio.abc
 from prefect.client.schemas.objects import FlowRun
 from prefect.workers.base import BaseWorker
 
-from openweights_prefect.errors import OpenWeightsError, PermissionDeniedError
+from openweights_prefect.errors import ConfigurationError, OpenWeightsError, PermissionDeniedError
 from openweights_prefect.ledger.connect import check_organization, connect
 from openweights_prefect.ledger.protocol import Ledger
 from openweights_prefect.orchestration.flow_runs import FlowRuns
+from openweights_prefect.orchestration.pod_events import PodEvents
+from openweights_prefect.orchestration.queues import ensure_queues
 from openweights_prefect.provisioning.runpod.client import RunPodClient
+from openweights_prefect.provisioning.runpod.contract import check_contract
 from openweights_prefect.settings import Settings
 from openweights_prefect.worker.configuration import (
     RunPodJobConfiguration,
@@ -25,6 +29,7 @@ from openweights_prefect.worker.configuration import (
 )
 from openweights_prefect.worker.fleet import Fleet
 from openweights_prefect.worker.observer import Observer
+from openweights_prefect.worker.purchases import Purchases
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +38,7 @@ class RunPodWorker(BaseWorker[RunPodJobConfiguration, RunPodVariables, RunPodWor
     """Gives every flow run of its pool a pod on RunPod, reuses warm pods, and never leaks one.
 
     Unlike other workers it submits nothing itself: it provides pods, and a pod's agent claims the run.
+    `limit` is the most pods alive at once, of all workers together.
     """
 
     type = "runpod"
@@ -43,8 +49,26 @@ class RunPodWorker(BaseWorker[RunPodJobConfiguration, RunPodVariables, RunPodWor
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self._work_queues:
+            raise ConfigurationError(
+                f"A worker of type 'runpod' serves all queues of its pool, which share its warm pods, not only "
+                f"{sorted(self._work_queues)}. Start it without `--work-queue`; to hold a queue back, pause it "
+                "(`prefect work-queue pause`)."
+            )
+        self._has_queues = False
         self._observer: Observer | None = None
         self._resources = AsyncExitStack()
+
+    async def start(
+        self, run_once: bool = False, with_healthcheck: bool = False, printer: Callable[..., None] = print
+    ) -> None:
+        """Serve until stopped; `run_once` is refused, since pods must be watched as long as they live."""
+        if run_once:
+            raise ConfigurationError(
+                "A worker of type 'runpod' cannot run once: the pods that it buys need it until they end. "
+                "Start it without `--run-once`."
+            )
+        await super().start(with_healthcheck=with_healthcheck, printer=printer)
 
     async def setup(self) -> None:
         """Connect to Prefect, the ledger and RunPod, and start the observer."""
@@ -54,11 +78,23 @@ class RunPodWorker(BaseWorker[RunPodJobConfiguration, RunPodVariables, RunPodWor
         self._resources.callback(ledger.close)
         if settings.api_key:
             settings = await asyncio.to_thread(_settings_of_token, settings, ledger)
+        if self._limit is not None:
+            settings = replace(settings, max_workers=min(settings.max_workers, self._limit))
         flow_runs = await self._resources.enter_async_context(FlowRuns.connect(settings))
+        events = PodEvents(
+            flow_runs.client, work_pool=self._work_pool_name, organization_id=settings.organization_id
+        )
+        self._resources.push_async_callback(events.close)
         provider = RunPodClient(base_url=settings.runpod_api_url, api_key=settings.runpod_api_key)
-        fleet = Fleet(provider=provider, ledger=ledger, settings=settings)
-        self._observer = Observer(ledger=ledger, flow_runs=flow_runs, fleet=fleet, settings=settings)
+        purchases = Purchases(provider=provider, ledger=ledger, settings=settings, announce=events.emit)
+        fleet = Fleet(
+            provider=provider, ledger=ledger, settings=settings, purchases=purchases, announce=events.emit
+        )
+        self._observer = Observer(
+            ledger=ledger, flow_runs=flow_runs, purchases=purchases, fleet=fleet, settings=settings
+        )
         assert self._runs_task_group is not None
+        self._runs_task_group.start_soon(_check_contract, provider)
         self._runs_task_group.start_soon(self._observer.run)
 
     async def teardown(self, *exc_info: Any) -> None:
@@ -72,6 +108,9 @@ class RunPodWorker(BaseWorker[RunPodJobConfiguration, RunPodVariables, RunPodWor
         """Take note of scheduled flow runs; the observer places them. Nothing is claimed here."""
         if self._observer is None or not self._has_successfully_synced:
             return []
+        if not self._has_queues:
+            await ensure_queues(self.client, self._work_pool_name)
+            self._has_queues = True
         responses = await self._get_scheduled_flow_runs()
         flow_runs = [response.flow_run for response in responses]
         try:
@@ -113,6 +152,15 @@ def _settings_of_token(settings: Settings, ledger: Ledger) -> Settings:
             f"{role!r}. An admin makes one with `ow token create NAME --role worker`."
         )
     return replace(settings, organization_id=organization_id)
+
+
+async def _check_contract(provider: RunPodClient) -> None:
+    """Say at the start what RunPod has changed, rather than when a pod is to be bought or ended."""
+    contract = await check_contract(provider)
+    for problem in contract.problems:
+        logger.warning("%s", problem)
+    if not contract.problems:
+        logger.info("RunPod's description of its API agrees with what is sent to it.")
 
 
 def _now() -> Any:

@@ -35,10 +35,10 @@ POLICIES = """
 
 PRIVATE_DEFINERS = set("""
     audit is_spent link_run_file lock_file missing_files missing_secrets my_orgs my_role over_budget pod_files pod_jobs pod_run pod_runs
-    token_rest token_spent track_interval
+    retire_failing_pod token_rest token_spent track_interval
 """.split())  # fmt: skip
 PUBLIC_DEFINERS = set("""
-    accept_invitation create_invitation create_organization create_token delete_secret job_secrets list_audit
+    accept_invitation create_invitation create_organization create_token delete_secret extend_pod job_secrets list_audit
     list_invitations list_organizations list_sealed list_secrets list_tokens read_secret remove_member
     find_jobs open_run rename_organization renew_lease replace_sealed revoke_token set_budget set_member_role set_secret set_token_limit whoami
 """.split())  # fmt: skip

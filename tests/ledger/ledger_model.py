@@ -79,6 +79,9 @@ class Run:
     hint_is_fresh: bool = True
     lease_is_over: bool | None = None
     """Of a script; None for every other run."""
+    started: int = 0
+    finished: int = 0
+    """Positions in the order of all openings and ends; 0 before."""
     events: list[Event] = field(default_factory=list)
     log: list[tuple[int, int, str]] = field(default_factory=list)
 
@@ -100,6 +103,10 @@ class Pod:
     run: UUID | None = None
     shutdown_requested: bool = False
     lease_is_over: bool = False
+    is_heard: bool = False
+    """Its run has logged since the lease was over."""
+    boots: int = 0
+    bought_for: str | None = None
 
 
 @dataclass
@@ -110,6 +117,7 @@ class Model:
     runs: dict[UUID, Run] = field(default_factory=dict)
     pods: dict[str, Pod] = field(default_factory=dict)
     files: set[str] = field(default_factory=set)
+    moments: int = 0
 
     def apply(self, call: Call) -> str:
         """Make the call; returns the word of the answer."""
@@ -257,18 +265,42 @@ class Model:
             return "intended"
         if sum(held.status != "terminated" for held in self.pods.values()) >= max_pods:
             return "limit"
-        self.pods[pod["id"]] = Pod()
+        self.pods[pod["id"]] = Pod(bought_for=pod.get("bought_for"))
         return "intended"
 
     def record_pod(self, _: str, for_worker: str, provider_id: str, **__: Any) -> str:
         pod = self.pods.get(for_worker)
-        if pod is None or pod.status == "terminated" or pod.provider_id not in (None, provider_id):
+        if pod is None or pod.provider_id not in (None, provider_id):
             return "refused"
+        if pod.status == "terminated":
+            if pod.provider_id is not None:
+                return "refused"
+            pod.status = "lost"  # Given up as never created, and there it is after all.
         pod.provider_id = provider_id
         return "recorded"
 
-    def lose_pod(self, _: str, for_worker: str, why: str) -> str:
-        return "lost" if self._condemn(for_worker, "lost", why) else "refused"
+    def lose_pod(self, _: str, for_worker: str, why: str, counts: bool) -> str:
+        if not self._condemn(for_worker, "lost", why):
+            return "refused"
+        pod = self.pods[for_worker]
+        job = self.jobs.get(pod.bought_for or "")
+        if counts and not pod.boots and job is not None and job.status == "pending":
+            job.lost_attempts += 1
+            if job.lost_attempts >= 3:
+                self._fail(pod.bought_for or "", f"Lost 3 pods in a row; the last one: {why}")
+        return "lost"
+
+    def reject_pod(self, speaker: str, for_worker: str, why: str) -> str:
+        if speaker != for_worker or not self._speaks(speaker):
+            return "refused"
+        return "rejected" if self._condemn(for_worker, "lost", f"unusable host: {why}") else "refused"
+
+    def fail_job(self, _: str, for_job: str, why: str) -> str:
+        job = self.jobs.get(for_job)
+        if job is None or job.status != "pending":
+            return "refused"
+        self._fail(for_job, why)
+        return "failed"
 
     def end_pod(self, _: str, for_worker: str, why: str) -> str:
         return "terminated" if self._condemn(for_worker, "terminated", why) else "refused"
@@ -276,7 +308,9 @@ class Model:
     def expire_leases(self, _: str) -> str:
         alive = ("active", "busy", "draining")
         silent = [
-            name for name, pod in sorted(self.pods.items()) if pod.status in alive and pod.lease_is_over
+            name
+            for name, pod in sorted(self.pods.items())
+            if pod.status in alive and pod.lease_is_over and not (pod.is_heard and pod.run is not None)
         ]
         for name in silent:
             self._condemn(name, "lost", f"pod {name} was silent for longer than its lease")
@@ -306,6 +340,10 @@ class Model:
         if pod.status not in ("starting", "active", "busy"):
             return "shutdown"
         if pod.boot != as_boot:
+            if pod.boots >= 5:
+                self._condemn(for_worker, "lost", "its agent restarted 5 times")
+                return "shutdown"
+            pod.boots += 1
             self._lose(pod.run, f"the agent of pod {for_worker} restarted")
             pod.boot, pod.run, pod.status = as_boot, None, "active"
         pod.lease_is_over = False
@@ -334,6 +372,7 @@ class Model:
         if not (waits and ready and job.fits and pod.boot == as_boot):
             return "refused"
         run.status, run.worker, run.boot = "in_progress", for_worker, as_boot
+        run.started = self._moment()
         job.status = "in_progress"
         pod.status, pod.run = "busy", for_run
         return "opened"
@@ -347,6 +386,7 @@ class Model:
         if first_sequence > len(run.events):
             return "gap"
         run.events += [item["data"] for item in batch[len(run.events) - first_sequence :]]
+        self._hear(run)
         return "stored"
 
     def append_log(
@@ -357,6 +397,7 @@ class Model:
             return "stale"
         if from_offset == run.log_bytes:
             run.log.append((from_offset, to_offset, piece))
+            self._hear(run)
         return "stored"
 
     def finish_run(self, speaker: str, for_run: UUID, as_boot: UUID, result: str, why: str | None) -> str:
@@ -374,6 +415,8 @@ class Model:
         if run.worker is not None:
             pod = self.pods[run.worker]
             pod.status, pod.run = "active" if pod.status == "busy" else pod.status, None
+            if result == "failed":
+                self._retire_failing(run.worker)
         return "finished"
 
     def release_pod(self, speaker: str, for_worker: str, as_boot: UUID, why: str, forced: bool) -> str:
@@ -419,7 +462,7 @@ class Model:
     def _finish(self, run: Run, result: str, why: str | None) -> None:
         job = self.jobs[run.job]
         again = result == "failed" and not job.cancel_requested and job.failed_attempts < job.retries
-        run.status, run.error = result, why
+        run.status, run.error, run.finished = result, why, self._moment()
         job.status = "pending" if again else result
         job.attempt += again
         job.failed_attempts += result == "failed"
@@ -432,7 +475,7 @@ class Model:
             return
         run = self.runs[run_id]
         job = self.jobs[run.job]
-        run.status, run.error = "lost", why
+        run.status, run.error, run.finished = "lost", why, self._moment()
         job.lost_attempts += 1
         job.error = None
         ours = job.entrypoint is not None and job.type != "script"
@@ -443,6 +486,31 @@ class Model:
             job.error = f"Lost 3 pods in a row; the last one: {why}" if ours else why
         else:
             job.status, job.attempt = "pending", job.attempt + 1
+
+    def _fail(self, name: str, why: str) -> None:
+        self.jobs[name].status, self.jobs[name].error = "failed", why
+        for run in self.runs.values():
+            if run.job == name and run.status == "pending":
+                run.status, run.error, run.finished = "failed", why, self._moment()
+
+    def _moment(self) -> int:
+        self.moments += 1
+        return self.moments
+
+    def _hear(self, run: Run) -> None:
+        if run.worker is not None:
+            self.pods[run.worker].is_heard = True
+
+    def _retire_failing(self, name: str) -> None:
+        """Five failed runs in a row, of more than one job, while another pod completed one."""
+        ended = [run for run in self.runs.values() if run.worker == name and run.finished][-5:]
+        failed = len(ended) == 5 and all(run.status == "failed" for run in ended)
+        if failed and len({run.job for run in ended}) > 1:
+            since = min(run.started for run in ended)
+            others = [run for run in self.runs.values() if run.worker not in (None, name)]
+            others_succeed = any(run.status == "completed" and run.finished > since for run in others)
+            if others_succeed and self.pods[name].status in ("active", "busy"):
+                self.pods[name].status = "draining"
 
     def _condemn(self, name: str, status: Literal["lost", "terminated"], why: str) -> bool:
         pod = self.pods.get(name)

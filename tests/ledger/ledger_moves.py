@@ -151,13 +151,26 @@ def abandon_run(draw: Random, world: World) -> Call:
     return Call(speaker, "abandon_run", {"for_run": _run(draw, world), "why": "its flow run is gone"})
 
 
-def intended(world: World, pod: str) -> Call:
-    return Call("control", "intend_pod", {"pod": {"id": pod, **POD}, "bootstrap_hash": world.token(pod),
+def intended(world: World, pod: str, bought_for: str | None = None) -> Call:
+    row = {"id": pod, "bought_for": bought_for, **POD}
+    return Call("control", "intend_pod", {"pod": row, "bootstrap_hash": world.token(pod),
                                           "ttl_seconds": 3600, "max_pods": MOST_PODS})  # fmt: skip
 
 
 def intend_pod(draw: Random, world: World) -> Call:
-    return intended(world, draw.choice(PODS))
+    return intended(world, draw.choice(PODS), draw.choice([None, *world.model.jobs]))
+
+
+def fail_job(draw: Random, world: World) -> Call:
+    return Call(
+        "control", "fail_job", {"for_job": draw.choice(["unknown", *world.model.jobs]), "why": "no image"}
+    )
+
+
+def reject_pod(draw: Random, world: World) -> Call:
+    pod = _pod(draw, world)
+    speaker = pod if draw.randint(0, 7) else _pod(draw, world)
+    return Call(speaker, "reject_pod", {"for_worker": pod, "why": "no GPU"})
 
 
 def record_pod(draw: Random, world: World) -> Call:
@@ -250,7 +263,10 @@ def release_pod(draw: Random, world: World) -> Call:
 
 
 def lose_pod(draw: Random, world: World) -> Call:
-    return Call("control", "lose_pod", {"for_worker": _pod(draw, world), "why": "host gone"})
+    counts = draw.random() < 0.8
+    return Call(
+        "control", "lose_pod", {"for_worker": _pod(draw, world), "why": "host gone", "counts": counts}
+    )
 
 
 def end_pod(draw: Random, world: World) -> Call:
@@ -290,11 +306,11 @@ OF_PEOPLE: list[Chooser] = [
 ]  # fmt: skip
 OF_CONTROL: list[Chooser] = [
     record_flow_run, record_flow_run, adopt_flow_run, hint_runs, abandon_run, intend_pod, record_pod,
-    lose_pod, end_pod, expire_leases, expire_leases, expire_scripts,
+    lose_pod, lose_pod, end_pod, expire_leases, expire_leases, expire_scripts, fail_job,
 ]  # fmt: skip
 OF_PODS: list[Chooser] = [
     open_run, open_run, open_run, register_pod, register_pod, renew_lease, renew_lease, release_pod,
-    redeem_bootstrap,
+    redeem_bootstrap, reject_pod,
 ]  # fmt: skip
 OF_RUNS: list[Chooser] = [append_events, append_events, append_log, finish_run, finish_run]
 # What has been prepared, who comes there, and whom it meets.
@@ -308,6 +324,8 @@ MEETINGS: list[tuple[str, Chooser, list[Chooser]]] = [
     ("files", delete_file, [submit_job, restart_job, adopt_flow_run]),
     ("nothing", submit_job, [submit_job, cancel_job, restart_job, adopt_flow_run, register_file]),
     ("nothing", intend_pod, [intend_pod, intend_pod, end_pod]),
+    ("claim", fail_job, [open_run, renew_lease, cancel_job, lose_pod, fail_job]),
+    ("work", reject_pod, [finish_run, lose_pod, register_pod, renew_lease]),
     ("claim", record_flow_run, [record_flow_run, cancel_job, abandon_run, adopt_flow_run]),
     ("nothing", open_script, [open_script, renew_script, expire_scripts, cancel_job]),
 ]

@@ -81,7 +81,7 @@ MUTANTS = [
         "a lost run leaves its job running", "private.lose_run", r"coalesce\(ending, 'pending'\)", "j.status"
     ),
     Mutant("an older process renews the lease", "renew_lease", r"and w\.boot = as_boot", ""),
-    Mutant("silent pods keep their runs", "expire_leases", r"w\.lease_expires_at < now\(\)", "false"),
+    Mutant("silent pods keep their runs", "expire_leases", r"private\.heard_until\(w\) < now\(\)", "false"),
     Mutant("a restarted agent leaves a run behind", "register_pod", r"perform private\.lose_run\(.*\);", ""),
     Mutant("a pod is lost in haste", "lose_pod", r"(?s)(declare\b.*)?begin\b.*end\n", _HASTY),
     Mutant("a file is deleted under a job", "delete_file", r"used_by is not null", "false"),

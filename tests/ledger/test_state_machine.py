@@ -202,7 +202,7 @@ class Machine(RuleBasedStateMachine):
         if known is not None and known.boot is not None:
             self.history.append(f"{world}: the lease of {pod} runs out")
             self.site.let_leases_end(world.organization_id, pod)
-            known.lease_is_over = True
+            known.lease_is_over, known.is_heard = True, False
 
     def _wait_for_a_pod(self, world: World, job: dict[str, Any]) -> None:
         for file_id in job["files"]:

@@ -144,9 +144,16 @@ create table ledger.worker (
     vram_gb int not null check (vram_gb >= 0),
     cloud text not null check (length(cloud) <= 100),
     price_per_hour numeric not null check (price_per_hour >= 0),
+    bought_for text check (length(bought_for) <= 200),  -- the job that made it necessary
+    host text check (length(host) <= 100),        -- a weak fingerprint of the machine
+    cuda text check (cuda ~ '^[0-9]{1,3}(\.[0-9]{1,3})?$'),  -- of the host's driver; at least, while it is not known
+    vcpu int not null default 0 check (vcpu >= 0),
+    ram_gb int not null default 0 check (ram_gb >= 0),
     bootstrap_hash text not null unique check (bootstrap_hash ~ '^[0-9a-f]{64}$'),
     session_hash text unique check (session_hash ~ '^[0-9a-f]{64}$'),  -- set once, by who brings the bootstrap token
+    proxy_hash text unique check (proxy_hash ~ '^[0-9a-f]{64}$'),  -- of what it shows to the proxy of the Prefect API
     boot uuid,
+    boots int not null default 0,                 -- processes that have taken the lease
     lease_expires_at timestamptz,
     heartbeat_at timestamptz,
     run_id uuid,
@@ -181,6 +188,10 @@ create table ledger.jobs (
     requires_vram_gb int not null default 0 check (requires_vram_gb >= 0),
     allowed_hardware text[],
     max_price_per_hour numeric check (max_price_per_hour > 0),
+    cloud text check (cloud in ('SECURE', 'COMMUNITY')),
+    min_cuda text check (min_cuda ~ '^[0-9]{1,3}(\.[0-9]{1,3})?$'),
+    min_vcpu int not null default 0 check (min_vcpu >= 0),
+    min_ram_gb int not null default 0 check (min_ram_gb >= 0),
     priority int not null default 0,
     timeout_seconds int check (timeout_seconds > 0),
     retries int not null default 0 check (retries >= 0),
@@ -224,6 +235,7 @@ create table ledger.runs (
     hinted_at timestamptz,
     next_sequence bigint not null default 0,      -- events stored so far
     log_bytes bigint not null default 0,          -- log stored so far
+    logged_at timestamptz,                        -- when events or log were stored last
     latest jsonb default '{}',                    -- newest value of each field logged; null when that is too much to keep
     log_file text,
     error text,
@@ -313,6 +325,25 @@ create table ledger.pod_intervals (
 );
 create index pod_intervals_worker on ledger.pod_intervals (organization_id, worker_id, started_at);
 create index pod_intervals_run on ledger.pod_intervals (run_id) where run_id is not null;
+
+-- What the provider sells, as the control plane saw it last, and the limits that it works under.
+create table ledger.catalogues (
+    organization_id uuid primary key references ledger.organizations on delete cascade,
+    offers jsonb not null,
+    limits jsonb not null,
+    updated_at timestamptz not null default now()
+);
+
+-- What the provider refused: an offer, a host, or everything (`account`). It is not asked again before `until`.
+create table ledger.refusals (
+    organization_id uuid not null references ledger.organizations on delete cascade,
+    subject text not null check (length(subject) <= 300),
+    failures int not null default 1,              -- in a row
+    reason text not null,
+    refused_at timestamptz not null default now(),
+    until timestamptz not null,
+    primary key (organization_id, subject)
+);
 
 -- Failed exchanges by who tried, to slow down guessing.
 create table private.refused_exchanges (

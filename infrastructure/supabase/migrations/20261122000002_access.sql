@@ -237,7 +237,12 @@ begin
             ('budgets', 'authenticated, ow_worker', 'select', null, null),
             ('reservations', 'authenticated', 'select', null, null),
             ('reservations', 'ow_worker', 'select insert update delete', null, null),
-            ('pod_intervals', 'authenticated, ow_worker', 'select', null, null)
+            ('pod_intervals', 'authenticated', 'select', null, null),
+            ('pod_intervals', 'ow_worker', 'select insert update', null, null),
+            ('catalogues', 'authenticated', 'select', null, null),
+            ('catalogues', 'ow_worker', 'select insert update', null, null),
+            ('refusals', 'authenticated', 'select', null, null),
+            ('refusals', 'ow_worker', 'select insert update delete', null, null)
         ) as t (tab, callers, verbs, which, after),
         regexp_split_to_table(t.verbs, ' ') as v (verb)
     loop

@@ -193,13 +193,13 @@ begin
     end if;
     if held.id is null then
         insert into ledger.jobs (id, organization_id, type, model, params, mounts, files, secrets, entrypoint, docker_image,
-            requires_vram_gb, allowed_hardware, max_price_per_hour, priority, timeout_seconds, retries, env,
-            created_by, token_id)
+            requires_vram_gb, allowed_hardware, max_price_per_hour, cloud, min_cuda, min_vcpu, min_ram_gb,
+            priority, timeout_seconds, retries, env, created_by, token_id)
         values (wanted.id, org, wanted.type, wanted.model, coalesce(wanted.params, '{}'),
             coalesce(wanted.mounts, '{}'), coalesce(wanted.files, '{}'), coalesce(wanted.secrets, '{}'), wanted.entrypoint,
             wanted.docker_image,
-            coalesce(wanted.requires_vram_gb, 0), wanted.allowed_hardware, wanted.max_price_per_hour,
-            coalesce(wanted.priority, 0), wanted.timeout_seconds, coalesce(wanted.retries, 0),
+            coalesce(wanted.requires_vram_gb, 0), wanted.allowed_hardware, wanted.max_price_per_hour, wanted.cloud,
+            wanted.min_cuda, coalesce(wanted.min_vcpu, 0), coalesce(wanted.min_ram_gb, 0), coalesce(wanted.priority, 0), wanted.timeout_seconds, coalesce(wanted.retries, 0),
             coalesce(wanted.env, '{}'), private.my_user(), private.my_token())
         on conflict (organization_id, id) do nothing
         returning * into held;
@@ -510,7 +510,7 @@ declare
     seen_at timestamptz := (select a.created_at from ledger.worker a where a.organization_id = org and a.id = after_id);
 begin
     return query
-        select to_jsonb(w) - 'bootstrap_hash' - 'session_hash' - 'boot' from ledger.worker w
+        select to_jsonb(w) - 'bootstrap_hash' - 'session_hash' - 'proxy_hash' - 'boot' from ledger.worker w
         where w.organization_id = org
           and (with_status is null or w.status = any (with_status))
           and (after_id is null or (w.created_at, w.id) < (seen_at, after_id))

@@ -67,8 +67,9 @@ $$;
 
 -- Takes the lease of a pod for the process `as_boot`. What an earlier process of the pod held is lost; asked again by
 -- the same process, however late, nothing changes but the lease.
-create function public.register_pod(for_worker text, as_boot uuid, lease_seconds int, models text[])
-returns setof jsonb
+create function public.register_pod(
+    for_worker text, as_boot uuid, lease_seconds int, models text[], proxy_hash text default null
+) returns setof jsonb
 language plpgsql
 set search_path = ''
 as $$
@@ -83,6 +84,10 @@ begin
         elsif held.status not in ('starting', 'active', 'busy') then
             return query select jsonb_build_object('outcome', 'shutdown');
             return;
+        elsif held.boots >= 5 and held.boot is distinct from as_boot then
+            perform private.condemn_pod(for_worker, 'lost', 'its agent restarted 5 times');
+            return query select jsonb_build_object('outcome', 'shutdown');
+            return;
         end if;
         -- Locks are taken in the order job, run, worker; who opened or ended a run meanwhile sends us round again.
         perform from ledger.jobs j join ledger.runs r on r.job_id = j.id where r.id = held.run_id for update of j;
@@ -90,7 +95,8 @@ begin
         set status = case when w.boot = as_boot then w.status else 'active' end,
             run_id = case when w.boot = as_boot then w.run_id end,
             idle_since = case when w.boot = as_boot then w.idle_since else now() end,
-            boot = as_boot, heartbeat_at = now(), active_at = coalesce(w.active_at, now()), cached_models = models,
+            boots = w.boots + (w.boot is distinct from as_boot)::int, boot = as_boot,
+            proxy_hash = coalesce(register_pod.proxy_hash, w.proxy_hash), heartbeat_at = now(), active_at = coalesce(w.active_at, now()), cached_models = models,
             lease_expires_at = now() + make_interval(secs => least(lease_seconds, 3600))
         where w.id = for_worker and w.status = held.status and w.boot is not distinct from held.boot
           and w.run_id is not distinct from held.run_id;
@@ -100,21 +106,57 @@ begin
         perform private.lose_run(held.run_id, 'the agent of pod ' || for_worker || ' restarted');
     end if;
     perform private.wake_workers();
-    return query select jsonb_build_object('outcome', 'registered', 'deadline_at', extract(epoch from w.deadline_at),
-                                           'gpu_count', w.gpu_count)
+    return query select jsonb_build_object('outcome', 'registered', 'gpu_count', w.gpu_count,
+                                           'deadline_seconds', extract(epoch from w.deadline_at - now()))
                  from ledger.worker w where w.id = for_worker;
 end
 $$;
 
--- True when the pod may run the job.
+-- True when the pod may run the job. Nobody else decides that.
 create function private.fits(job ledger.jobs, pod ledger.worker) returns boolean
-language sql stable
+language sql immutable
 set search_path = ''
 as $$
     select pod.docker_image = job.docker_image
        and case when job.allowed_hardware is null then job.requires_vram_gb <= pod.vram_gb
                 else pod.hardware = any (job.allowed_hardware) end
        and (job.max_price_per_hour is null or pod.price_per_hour <= job.max_price_per_hour)
+       and (job.cloud is null or pod.cloud = job.cloud)
+       and (job.min_cuda is null
+            or string_to_array(pod.cuda, '.')::int[] >= string_to_array(job.min_cuda, '.')::int[])
+       and job.min_vcpu <= pod.vcpu and job.min_ram_gb <= pod.ram_gb
+$$;
+
+-- How many pods work for each user who has one.
+create function private.busy_users(org uuid) returns table (owner uuid, pods bigint)
+language sql stable
+set search_path = ''
+as $$
+    select j.created_by, count(*)
+    from ledger.runs r join ledger.jobs j on j.organization_id = r.organization_id and j.id = r.job_id
+    where r.organization_id = org and r.status = 'in_progress' and r.worker_id is not null
+    group by j.created_by
+$$;
+
+-- The waiting jobs in the order in which they are served: by priority, then in turn between users, each with what he
+-- has running, then by age. Jobs with the same `needs_class` fit the same pods; `place_in_class` counts among those.
+create function private.waiting_line() returns table (job_id text, needs_class text, place bigint, place_in_class bigint)
+language sql stable
+set search_path = ''
+as $$
+    with turns as (
+        select j.id, j.priority, j.created_at, md5(jsonb_build_array(
+                   j.docker_image, j.requires_vram_gb, j.allowed_hardware, j.max_price_per_hour, j.cloud, j.min_cuda,
+                   j.min_vcpu, j.min_ram_gb)::text) as needs_class,
+               coalesce(busy.pods, 0) + row_number() over (
+                   partition by j.created_by order by j.priority desc, j.created_at, j.id) as turn
+        from ledger.jobs j
+        left join private.busy_users((select private.my_org())) as busy on busy.owner is not distinct from j.created_by
+        where j.organization_id = (select private.my_org()) and j.status = 'pending')
+    select t.id, t.needs_class,
+           row_number() over (order by t.priority desc, t.turn, t.created_at, t.id),
+           row_number() over (partition by t.needs_class order by t.priority desc, t.turn, t.created_at, t.id)
+    from turns t
 $$;
 
 -- The two calls of a claim are definers: they check the pod once instead of in every statement, and a pod needs no
@@ -156,12 +198,13 @@ begin
             update ledger.runs u set hinted_worker_id = pod.id, hinted_at = now()
             where u.id = (
                 select r.id
-                from ledger.jobs j
-                join ledger.runs r on r.organization_id = j.organization_id and r.job_id = j.id and r.attempt = j.attempt
-                where j.organization_id = org and j.status = 'pending' and r.status = 'pending'
+                from ledger.runs r
+                join ledger.jobs j on j.organization_id = r.organization_id and j.id = r.job_id and j.attempt = r.attempt
+                left join private.busy_users(org) as busy on busy.owner is not distinct from j.created_by
+                where r.organization_id = org and r.status = 'pending' and j.status = 'pending'
                   and (r.hinted_worker_id is null or r.hinted_at < now() - interval '10 seconds')
                   and private.fits(j, pod)
-                order by j.priority desc, j.created_at
+                order by j.priority desc, coalesce(busy.pods, 0), j.created_at
                 limit 1
                 for update of r skip locked)
             returning u.id into next_run;
@@ -169,7 +212,7 @@ begin
     end if;
     return query select jsonb_build_object('fenced', false, 'shutdown', pod.shutdown_requested or pod.status = 'draining',
         'cancel', coalesce(cancel, false), 'run_id', pod.run_id, 'next_run', next_run,
-        'deadline_at', extract(epoch from pod.deadline_at));
+        'deadline_seconds', extract(epoch from pod.deadline_at - now()), 'deadline_at', extract(epoch from pod.deadline_at));
 end
 $$;
 
@@ -252,7 +295,7 @@ begin
     from added a, jsonb_each(a.item -> 'data') as d
     where held.latest is not null and d.value <> 'null'::jsonb;
     update ledger.runs r
-    set next_sequence = greatest(held.next_sequence, first_sequence + jsonb_array_length(batch)),
+    set next_sequence = greatest(held.next_sequence, first_sequence + jsonb_array_length(batch)), logged_at = now(),
         latest = case when pg_column_size(newest) <= 100000 then newest end
     where r.id = held.id;
     return query select jsonb_build_object('outcome', 'stored', 'next_sequence',
@@ -277,10 +320,29 @@ begin
     if from_offset = held.log_bytes then
         insert into ledger.log_chunks (organization_id, run_id, start_offset, end_offset, content)
         values (held.organization_id, held.id, from_offset, to_offset, piece);
-        update ledger.runs r set log_bytes = to_offset where r.id = held.id;
+        update ledger.runs r set log_bytes = to_offset, logged_at = now() where r.id = held.id;
     end if;
     return query select jsonb_build_object('outcome', 'stored', 'log_bytes', r.log_bytes) from ledger.runs r where r.id = held.id;
 end
+$$;
+
+-- A pod on which five runs in a row failed, of more than one job, while another pod completed one: the pod is to blame.
+-- Definer, because a pod sees no runs but its own.
+create function private.retire_failing_pod(for_worker text) returns void
+language sql security definer
+set search_path = ''
+as $$
+    with newest as (
+        select r.job_id, r.status, r.started_at from ledger.runs r
+        where r.organization_id = (select private.my_org()) and r.worker_id = for_worker and r.finished_at is not null
+        order by r.created_at desc
+        limit 5)
+    update ledger.worker w set status = 'draining', reason = 'five failed runs in a row'
+    where w.organization_id = (select private.my_org()) and w.id = for_worker and w.status in ('active', 'busy')
+      and (select count(*) = 5 and bool_and(n.status = 'failed') and count(distinct n.job_id) > 1 from newest n)
+      and exists (select from ledger.runs r
+                  where r.organization_id = w.organization_id and r.status = 'completed' and r.worker_id <> w.id
+                    and r.finished_at > (select min(n.started_at) from newest n))
 $$;
 
 -- Ends a run under its lease: run, job, outputs and pod in one transaction. `result` is completed, failed, canceled or lost.
@@ -334,6 +396,9 @@ begin
         cached_models = case when held_job.model is null or held_job.model = any (w.cached_models) then w.cached_models
                              else w.cached_models || held_job.model end
     where w.id = held_run.worker_id and w.run_id = for_run;
+    if result = 'failed' then
+        perform private.retire_failing_pod(held_run.worker_id);
+    end if;
     perform private.notify('ow_job', held_job.id);
     perform private.wake_workers();
     return query select jsonb_build_object('outcome', 'finished', 'job', to_jsonb(j)) from ledger.jobs j where j.id = held_job.id;
@@ -354,5 +419,57 @@ begin
         perform private.wake_workers();
     end if;
     return query select jsonb_build_object('outcome', case when found then 'draining' else 'refused' end);
+end
+$$;
+
+-- The pod found its machine unusable.
+create function public.reject_pod(for_worker text, why text) returns setof jsonb
+language plpgsql
+set search_path = ''
+as $$
+declare
+    rejected boolean := private.condemn_pod(for_worker, 'lost', left('unusable host: ' || why, 500));
+begin
+    if rejected then
+        perform private.wake_workers();
+    end if;
+    return query select jsonb_build_object('outcome', case when rejected then 'rejected' else 'refused' end);
+end
+$$;
+
+-- Moves the deadline of a pod to so many seconds from now, and reserves what that may cost. Called by people, and by a
+-- pod for itself.
+create function public.extend_pod(for_worker text, deadline_seconds double precision) returns setof jsonb
+language plpgsql security definer
+set search_path = ''
+as $$
+declare
+    org uuid := private.my_org();
+    pod ledger.worker;
+    deadline timestamptz;
+begin
+    if deadline_seconds is null or not deadline_seconds between 0 and 30 * 86400 then
+        raise exception 'deadline_seconds=% is not between 0 and 30 days', deadline_seconds using errcode = '22023';
+    end if;
+    deadline := now() + make_interval(secs => deadline_seconds);
+    perform pg_advisory_xact_lock(hashtextextended('ow_pods:' || org::text, 0));
+    select * into pod from ledger.worker w
+    where w.organization_id = org and w.id = for_worker and w.status in ('starting', 'active', 'busy')
+      and (private.claims() ->> 'role' <> 'ow_pod' or w.id = private.my_pod())
+    for update;
+    if not found then
+        return query select jsonb_build_object('outcome', 'not_found');
+        return;
+    elsif deadline > pod.deadline_at
+          and private.over_budget(pod.price_per_hour * extract(epoch from deadline - pod.deadline_at) / 3600) then
+        return query select jsonb_build_object('outcome', 'budget',
+                                               'deadline_seconds', extract(epoch from pod.deadline_at - now()), 'deadline_at', extract(epoch from pod.deadline_at));
+        return;
+    end if;
+    update ledger.worker w set deadline_at = deadline where w.organization_id = org and w.id = pod.id;
+    update ledger.reservations r set usd = pod.price_per_hour * extract(epoch from deadline - pod.created_at) / 3600
+    where r.organization_id = org and r.worker_id = pod.id;
+    perform private.notify('ow_pod', pod.id);
+    return query select jsonb_build_object('outcome', 'extended', 'deadline_seconds', deadline_seconds);
 end
 $$;

@@ -1,31 +1,73 @@
 -- What the control plane calls: flow runs for jobs, hints, the fleet, and the reconciler.
 
--- Everything that one pass of the worker looks at.
-create function public.control_snapshot(max_waiting int default 100) returns setof jsonb
+-- Until when a pod counts as alive: its lease, or for a minute what its run logged last.
+create function private.heard_until(pod ledger.worker) returns timestamptz
 language sql stable
 set search_path = ''
 as $$
-    with waiting as (
-        select j.id as job_id, r.id as run_id, j.attempt, j.type, j.model, j.params, j.mounts, j.entrypoint,
-               j.docker_image, j.requires_vram_gb,
-               j.allowed_hardware, j.max_price_per_hour, j.priority, j.created_at, j.pending_reason,
+    select greatest(pod.lease_expires_at,
+                    (select r.logged_at + interval '1 minute' from ledger.runs r where r.id = pod.run_id))
+$$;
+
+-- A pod with its ages. It is silent when its lease ran out and its run has logged nothing for a while either.
+create function private.shown_pod(pod ledger.worker) returns jsonb
+language sql stable
+set search_path = ''
+as $$
+    select to_jsonb(pod) - 'bootstrap_hash' - 'session_hash' - 'proxy_hash' || jsonb_build_object(
+        'age_seconds', extract(epoch from now() - pod.created_at),
+        'idle_seconds', extract(epoch from now() - pod.idle_since),
+        'overdue_seconds', extract(epoch from now() - pod.deadline_at),
+        'silent_seconds', case when pod.status in ('active', 'busy', 'draining')
+                               then extract(epoch from now() - private.heard_until(pod)) end)
+$$;
+
+-- Everything that one pass of the worker looks at. Of the waiting jobs the first of each kind of need come before the
+-- rest of any kind: what nothing can run now does not stand in the way of what could run.
+create function public.control_snapshot(max_waiting int default 100) returns setof jsonb
+language plpgsql stable
+set search_path = ''
+as $$
+declare
+    org uuid := private.my_org();
+begin
+    return query
+    with line as materialized (select * from private.waiting_line()),
+    chosen as materialized (
+        select * from line order by (place_in_class - 1) / 10, place limit max_waiting),
+    waiting as (
+        select c.place, c.needs_class, j.id as job_id, r.id as run_id, j.attempt, j.type, j.model, j.params, j.mounts,
+               j.entrypoint, j.docker_image, j.requires_vram_gb, j.allowed_hardware, j.max_price_per_hour, j.cloud,
+               j.min_cuda, j.min_vcpu, j.min_ram_gb, j.priority, j.created_by as owner, j.created_at, j.pending_reason,
                r.hinted_worker_id, extract(epoch from now() - r.hinted_at) as hinted_seconds_ago
-        from ledger.jobs j left join ledger.runs r on r.organization_id = j.organization_id and r.job_id = j.id and r.attempt = j.attempt
-        where j.organization_id = (select private.my_org()) and j.status = 'pending'
-        order by j.priority desc, j.created_at
-        limit max_waiting)
+        from chosen c
+        join ledger.jobs j on j.organization_id = org and j.id = c.job_id
+        left join ledger.runs r on r.organization_id = org and r.job_id = j.id and r.attempt = j.attempt),
+    fitting as (
+        select c.needs_class, array_agg(w.id) as workers
+        from (select distinct on (n.needs_class) n.needs_class, n.job_id from chosen n) as c
+        join ledger.jobs j on j.organization_id = org and j.id = c.job_id
+        join ledger.worker w on w.organization_id = org and w.status in ('starting', 'active') and not w.shutdown_requested
+                            and private.fits(j, w)
+        group by c.needs_class)
     select jsonb_build_object(
-        'waiting', (select coalesce(jsonb_agg(to_jsonb(waiting) order by priority desc, created_at), '[]') from waiting),
-        'pods', (select coalesce(jsonb_agg(to_jsonb(w) - 'bootstrap_hash' - 'session_hash' || jsonb_build_object(
-                     'age_seconds', extract(epoch from now() - w.created_at),
-                     'overdue_seconds', extract(epoch from now() - w.deadline_at)) order by w.created_at), '[]')
-                 from ledger.worker w where w.status <> 'terminated'),
+        'waiting', (select coalesce(jsonb_agg(to_jsonb(waiting) - 'place' order by place), '[]') from waiting),
+        'waiting_total', (select count(*) from line),
+        'released', (select count(*) from ledger.runs r where r.organization_id = org and r.status = 'pending'),
+        'fitting', (select coalesce(jsonb_object_agg(f.needs_class, f.workers), '{}') from fitting f),
+        'pods', (select coalesce(jsonb_agg(private.shown_pod(w) order by w.created_at), '[]')
+                 from ledger.worker w where w.organization_id = org and w.status <> 'terminated'),
+        'refusals', (select coalesce(jsonb_object_agg(f.subject, jsonb_build_object(
+                         'failures', f.failures, 'reason', f.reason, 'seconds_left', extract(epoch from f.until - now()))), '{}')
+                     from ledger.refusals f where f.organization_id = org and f.until > now() - interval '6 hours'),
         'unmirrored', (select coalesce(jsonb_agg(jsonb_build_object('run_id', r.id, 'job_id', r.job_id, 'status', r.status,
                            'error', r.error) order by r.finished_at), '[]')
-                       from (select * from ledger.runs u where not u.mirrored
+                       from (select * from ledger.runs u where u.organization_id = org and not u.mirrored
                                and (u.status in ('lost', 'canceled')
-                                    or (u.status in ('completed', 'failed') and u.finished_at < now() - interval '10 seconds'))
-                             order by u.finished_at limit 100) as r))
+                                    or (u.status in ('completed', 'failed')
+                                        and (u.started_at is null or u.finished_at < now() - interval '10 seconds')))
+                             order by u.finished_at limit 100) as r));
+end
 $$;
 
 -- Ties a flow run to the attempt that it is for.
@@ -126,10 +168,10 @@ begin
             return;
         end if;
         insert into ledger.worker (id, organization_id, docker_image, hardware, gpu_type, gpu_count, vram_gb, cloud,
-                                   price_per_hour, bootstrap_hash, deadline_at)
+                                   price_per_hour, bought_for, cuda, vcpu, ram_gb, bootstrap_hash, deadline_at)
         values (wanted.id, org, wanted.docker_image, wanted.hardware, wanted.gpu_type, wanted.gpu_count, wanted.vram_gb,
-                wanted.cloud, wanted.price_per_hour, intend_pod.bootstrap_hash,
-                now() + make_interval(secs => ttl_seconds));
+                wanted.cloud, wanted.price_per_hour, wanted.bought_for, wanted.cuda, coalesce(wanted.vcpu, 0),
+                coalesce(wanted.ram_gb, 0), intend_pod.bootstrap_hash, now() + make_interval(secs => ttl_seconds));
         insert into ledger.reservations (organization_id, worker_id, usd) values (org, wanted.id, most);
     end if;
     return query select jsonb_build_object('outcome', 'intended', 'deadline_at', extract(epoch from w.deadline_at))
@@ -137,71 +179,171 @@ begin
 end
 $$;
 
--- The provider's id and price of a pod that was bought or adopted.
-create function public.record_pod(for_worker text, provider_id text, price double precision) returns setof jsonb
+-- The provider's id and price of a pod that was bought or adopted, and what it tells of the machine: `host`, `cuda`,
+-- `vcpu`, `ram_gb`, and `created_at`, when its bill began.
+create function public.record_pod(for_worker text, provider_id text, price double precision, details jsonb default '{}')
+returns setof jsonb
 language plpgsql
 set search_path = ''
 as $$
+declare
+    told ledger.worker := jsonb_populate_record(null::ledger.worker, details - 'created_at');
 begin
-    update ledger.worker w set pod_id = provider_id, price_per_hour = price
+    update ledger.worker w
+    set pod_id = provider_id, price_per_hour = price, host = coalesce(told.host, w.host), cuda = coalesce(told.cuda, w.cuda),
+        vcpu = coalesce(nullif(told.vcpu, 0), w.vcpu), ram_gb = coalesce(nullif(told.ram_gb, 0), w.ram_gb)
     where w.id = for_worker and w.status <> 'terminated' and (w.pod_id is null or w.pod_id = provider_id);
     if not found then
-        return query select jsonb_build_object('outcome', 'refused');
-        return;
+        -- Given up as never created, and there it is after all: it is on the bill, and is to be ended.
+        update ledger.worker w
+        set pod_id = provider_id, price_per_hour = price, status = 'lost', terminated_at = null, reason = 'found after it was given up'
+        where w.id = for_worker and w.status = 'terminated' and w.pod_id is null;
+        if not found then
+            return query select jsonb_build_object('outcome', 'refused');
+            return;
+        end if;
+        insert into ledger.reservations (organization_id, worker_id, usd)
+        select w.organization_id, w.id, 0 from ledger.worker w where w.id = for_worker
+        on conflict do nothing;
     end if;
     update ledger.reservations r set usd = price * extract(epoch from w.deadline_at - w.created_at) / 3600
     from ledger.worker w where w.id = for_worker and r.worker_id = w.id and r.organization_id = w.organization_id;
+    -- The provider's clock may be wrong: the bill began after the intent was written, and not after now.
+    update ledger.pod_intervals i
+    set started_at = greatest(w.created_at, least((details ->> 'created_at')::timestamptz, coalesce(i.ended_at, now())))
+    from ledger.worker w
+    where w.id = for_worker and i.worker_id = w.id and i.organization_id = w.organization_id and details ? 'created_at'
+      and i.id = (select min(f.id) from ledger.pod_intervals f
+                  where f.organization_id = w.organization_id and f.worker_id = w.id);
     return query select jsonb_build_object('outcome', 'recorded');
 end
 $$;
 
--- The pod is judged dead: its run is lost, and it is to be terminated.
-create function public.lose_pod(for_worker text, why text) returns setof jsonb
+-- The pod is judged dead: its run is lost, and it is to be terminated. One that ended before it took any work counts
+-- (`counts`) against the job that it was bought for, which fails when that happened three times in a row.
+create function public.lose_pod(for_worker text, why text, counts boolean default true) returns setof jsonb
 language plpgsql
 set search_path = ''
 as $$
+declare
+    pod ledger.worker;
 begin
+    select * into pod from ledger.worker w where w.id = for_worker;
+    perform from ledger.jobs j where j.id = pod.bought_for for update;  -- before the worker: job, run, worker
     if not private.condemn_pod(for_worker, 'lost', why) then
         return query select jsonb_build_object('outcome', 'refused');
         return;
+    end if;
+    if counts and exists (select from ledger.worker w where w.id = for_worker and w.active_at is null) then
+        update ledger.jobs j set lost_attempts = j.lost_attempts + 1 where j.id = pod.bought_for and j.status = 'pending';
+        if exists (select from ledger.jobs j where j.id = pod.bought_for and j.status = 'pending' and j.lost_attempts >= 3) then
+            perform public.fail_job(pod.bought_for, 'Lost 3 pods in a row; the last one: ' || why);
+        end if;
     end if;
     perform private.wake_workers();
     return query select jsonb_build_object('outcome', 'lost');
 end
 $$;
 
--- Pods whose lease ran out. Their runs are lost at once; a stale holder's writes change nothing from here on.
-create function public.expire_leases() returns setof jsonb
+-- What the ledger knows of these pods, whether they have ended or not.
+create function public.known_pods(worker_ids text[]) returns setof jsonb
+language sql stable
+set search_path = ''
+as $$
+    select jsonb_build_object('worker_id', w.id, 'pod_id', w.pod_id, 'status', w.status, 'docker_image', w.docker_image)
+    from ledger.worker w where private.known_caller() and w.id = any (worker_ids)
+$$;
+
+-- One create made two pods; the second one was ended after so many seconds, and is on the bill of the first.
+create function public.record_duplicate(for_worker text, price double precision, seconds double precision) returns setof jsonb
+language plpgsql
+set search_path = ''
+as $$
+begin
+    insert into ledger.pod_intervals (organization_id, worker_id, kind, price_per_hour, started_at, ended_at)
+    select w.organization_id, w.id, 'teardown', price, now() - make_interval(secs => greatest(0, seconds)), now()
+    from ledger.worker w where w.id = for_worker;
+    return query select jsonb_build_object('outcome', case when found then 'recorded' else 'refused' end);
+end
+$$;
+
+-- Pods that are silent: of those that the caller has seen silent for a while, or of all. Their runs are lost at once; a
+-- stale holder's writes change nothing from here on.
+create function public.expire_leases(silent text[] default null) returns setof jsonb
 language plpgsql
 set search_path = ''
 as $$
 declare
-    silent text;
+    pod text;
 begin
     perform private.my_org();
-    for silent in select w.id from ledger.worker w
-                  where w.status in ('active', 'busy', 'draining') and w.lease_expires_at < now() order by w.id loop
-        if private.condemn_pod(silent, 'lost', 'pod ' || silent || ' was silent for longer than its lease', true) then
+    for pod in select w.id from ledger.worker w
+               where w.status in ('active', 'busy', 'draining') and private.heard_until(w) < now()
+                 and (silent is null or w.id = any (silent))
+               order by w.id loop
+        if private.condemn_pod(pod, 'lost', 'pod ' || pod || ' was silent for longer than its lease', true) then
             perform private.wake_workers();
-            return query select jsonb_build_object('worker_id', silent);
+            return query select jsonb_build_object('worker_id', pod);
         end if;
     end loop;
 end
 $$;
 
--- The provider confirmed that the pod is gone, or it never existed.
-create function public.end_pod(for_worker text, why text default null) returns setof jsonb
+-- The provider confirmed that the pod is gone, or it never existed. Its bill ended `billed_seconds_ago`.
+create function public.end_pod(for_worker text, why text default null, billed_seconds_ago double precision default 0)
+returns setof jsonb
 language plpgsql
 set search_path = ''
 as $$
+declare
+    bill_ended timestamptz := now() - make_interval(secs => greatest(0, billed_seconds_ago));
 begin
     if not private.condemn_pod(for_worker, 'terminated', coalesce(why, 'the pod ended')) then
         return query select jsonb_build_object('outcome', 'refused');
         return;
     end if;
+    update ledger.pod_intervals i
+    set started_at = least(i.started_at, greatest(bill_ended, w.created_at)), ended_at = greatest(bill_ended, w.created_at)
+    from ledger.worker w
+    where w.id = for_worker and i.organization_id = w.organization_id and i.worker_id = w.id and i.ended_at > bill_ended;
     delete from ledger.reservations r where r.worker_id = for_worker;
     return query select jsonb_build_object('outcome', 'terminated');
 end
+$$;
+
+-- A waiting job that no pod can ever run.
+create function public.fail_job(for_job text, why text) returns setof jsonb
+language plpgsql
+set search_path = ''
+as $$
+begin
+    update ledger.jobs j set status = 'failed', error = left(why, 2000), finished_at = now(), pending_reason = null
+    where j.id = for_job and j.status = 'pending';
+    if not found then
+        return query select jsonb_build_object('outcome', 'refused');
+        return;
+    end if;
+    update ledger.runs r set status = 'failed', error = left(why, 2000), finished_at = now()
+    where r.job_id = for_job and r.status = 'pending';
+    perform private.notify('ow_job', for_job);
+    perform private.wake_workers();
+    return query select jsonb_build_object('outcome', 'failed');
+end
+$$;
+
+-- The pod that shows this to the proxy of the Prefect API, and the runs that it may speak of: those that it holds or is
+-- pointed at, and for a minute those that it ended.
+create function public.pod_of_proxy(hash text) returns setof jsonb
+language sql stable
+set search_path = ''
+as $$
+    select jsonb_build_object('worker_id', w.id, 'organization_id', w.organization_id, 'run_ids', (
+        select coalesce(jsonb_agg(r.id), '[]') from ledger.runs r
+        where r.organization_id = w.organization_id
+          and ((r.worker_id = w.id and (r.status = 'in_progress' or r.finished_at > now() - interval '1 minute'))
+               or (r.hinted_worker_id = w.id and r.status = 'pending'))))
+    from ledger.worker w
+    where private.known_caller() and w.proxy_hash = hash and w.status in ('active', 'busy', 'draining')
 $$;
 
 -- A waiting run whose flow run is gone: the job gets another attempt, a flow of the user's own is canceled.
