@@ -25,6 +25,8 @@ from openweights_prefect.provisioning.hardware import parse_hardware
 _UNSHOWN = ("env",)
 """Options whose value may be a secret by mistake: an error does not repeat it."""
 
+_CLOUDS = ("SECURE", "COMMUNITY")
+
 Params = TypeVar("Params", bound=BaseModel)
 
 
@@ -45,6 +47,16 @@ class Options(BaseModel):
     job_id_suffix: str | None = Field(None, description="Readable end of the job id; makes it another job.")
     priority: int = Field(0, ge=-1000, le=1000, description="Higher starts earlier.")
     max_price_per_hour: float | None = Field(None, gt=0, le=10_000, description="USD per hour and pod.")
+    cloud: str | None = Field(
+        None, description="`secure` (data centers) or `community` (machines of others); either by default."
+    )
+    min_cuda: Annotated[str, StringConstraints(pattern=r"^\d{1,3}\.\d{1,3}$")] | None = Field(
+        None, description='Lowest CUDA version of the machine\'s driver, such as `"12.8"`.'
+    )
+    min_vcpu: int | None = Field(None, ge=1, le=1024, description="Virtual CPUs of the whole pod.")
+    min_ram_gb: int | None = Field(
+        None, ge=1, le=16_384, description="RAM of the whole pod, not of its GPUs."
+    )
     timeout: int | None = Field(None, ge=1, le=30 * 86400, description="Seconds that one attempt may take.")
     retries: int = Field(0, ge=0, le=100, description="Further attempts after failures of the job's own.")
     env: dict[str, str] = Field({}, description="Environment variables, stored in plain text: no secrets.")
@@ -58,6 +70,13 @@ class Options(BaseModel):
     @classmethod
     def _known_hardware(cls, value: list[str] | None) -> list[str] | None:
         return None if value is None else list(dict.fromkeys(str(parse_hardware(text)) for text in value))
+
+    @field_validator("cloud")
+    @classmethod
+    def _known_cloud(cls, value: str | None) -> str | None:
+        if value is not None and value.upper() not in _CLOUDS:
+            raise ValueError("is no cloud; write 'secure' or 'community', or leave it out for either")
+        return None if value is None else value.upper()
 
     @field_validator("env")
     @classmethod

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
+from openweights_prefect.errors import InvalidParameterError
 from openweights_prefect.jobs.fine_tuning.params import FineTuningParams, requires_vram_gb
 from openweights_prefect.jobs.options import Options
+from openweights_prefect.provisioning.hardware import catalogue_offers, choose_offers, explain_no_offer
+from openweights_prefect.types.hardware import Needs
 from openweights_prefect.types.identity import job_id
 
 FINE_TUNING = "fine_tuning"
@@ -19,6 +23,7 @@ MODEL_FOLDER = "model"
 
 _CUSTOM_BEHAVIOUR = 1
 _CUSTOM_VRAM_GB = 24
+_PRICES_MOVE = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +49,13 @@ class JobRequest:
     suffix: str | None = None
 
     def row(self, *, organization_id: str, default_image: str) -> dict[str, Any]:
-        """The argument of `submit_job`; its id says what is computed, the rest how."""
+        """The argument of `submit_job`; its id says what is computed, the rest how.
+
+        Raises `InvalidParameterError` with the nearest mend when no pod of the catalogue can run it.
+        """
         options = self.options
+        vram_gb = self.requires_vram_gb if options.requires_vram_gb is None else options.requires_vram_gb
+        check_satisfiable(options, requires_vram_gb=vram_gb)
         return {
             "id": job_id(
                 prefix=self.prefix,
@@ -64,17 +74,42 @@ class JobRequest:
             "files": sorted(set(self.mounts.values())),
             "entrypoint": self.entrypoint,
             "docker_image": self.image or default_image,
-            "requires_vram_gb": self.requires_vram_gb
-            if options.requires_vram_gb is None
-            else options.requires_vram_gb,
+            "requires_vram_gb": vram_gb,
             "allowed_hardware": options.allowed_hardware,
             "max_price_per_hour": options.max_price_per_hour,
+            "cloud": options.cloud,
+            "min_cuda": options.min_cuda,
+            "min_vcpu": options.min_vcpu,
+            "min_ram_gb": options.min_ram_gb,
             "priority": options.priority,
             "timeout_seconds": options.timeout,
             "retries": options.retries,
             "env": options.env,
             "secrets": options.secrets,
         }
+
+
+def check_satisfiable(options: Options, *, requires_vram_gb: int) -> None:
+    """Refuse what nothing in the packaged catalogue satisfies, rather than let it wait for ever.
+
+    The catalogue is of one day. Prices move: only a ceiling of less than half of what it has is hopeless.
+    """
+    allowed = options.allowed_hardware
+    needs = Needs(
+        requires_vram_gb=requires_vram_gb,
+        allowed_hardware=None if allowed is None else tuple(allowed),
+        max_price_per_hour=options.max_price_per_hour,
+        cloud=options.cloud,
+    )
+    if why := _unsatisfiable(needs):
+        raise InvalidParameterError(f"No pod can run this job. {why}")
+
+
+@lru_cache(maxsize=1024)
+def _unsatisfiable(needs: Needs) -> str | None:
+    offers, ceiling = catalogue_offers(), needs.max_price_per_hour
+    hopeful = replace(needs, max_price_per_hour=None if ceiling is None else ceiling * _PRICES_MOVE)
+    return None if choose_offers(offers, hopeful) else explain_no_offer(offers, needs)
 
 
 def fine_tuning_request(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
@@ -13,14 +15,19 @@ from pydantic import TypeAdapter
 
 from openweights_prefect.bundle import deploy_root
 from openweights_prefect.errors import InvalidParameterError
-from openweights_prefect.provisioning.provider import Offer
-from openweights_prefect.types.hardware import Hardware
+from openweights_prefect.provisioning.provider import Cloud, Offer
+from openweights_prefect.types.hardware import Hardware, Needs
 
 VRAM_HEADROOM_GB = 5
 """What a card keeps for CUDA and the framework: an 80 GB card satisfies 75."""
 
-_SPELLING = re.compile(r"\s*(?:(?P<count>\d+)\s*x\s*)?(?P<gpu>.*?)\s*", re.IGNORECASE | re.DOTALL)
-_VENDORS = ("NVIDIA ", "AMD ", "NVIDIA GeForce ")
+# `2x A100`, `A100`, and as others write it: `A100 x2`, `A100:2`.
+_SPELLINGS = (
+    re.compile(r"\s*(?:(?P<count>\d{1,4})\s*x\s*)?(?P<gpu>.*?)\s*", re.IGNORECASE | re.DOTALL),
+    re.compile(r"\s*(?P<gpu>.*?)\s*[x:]\s*(?P<count>\d{1,4})\s*", re.IGNORECASE | re.DOTALL),
+)
+_FAMILIES = ("nvidia", "amd", "geforce", "instinct", "tesla", "rtx")
+"""Words before a name that many leave out."""
 
 
 @dataclass(frozen=True)
@@ -66,15 +73,17 @@ def parse_hardware(text: str) -> Hardware:
     Raises `InvalidParameterError` with the closest names. `H100` and `V100` alone are refused: several cards
     of different prices go by that name.
     """
-    match = _SPELLING.fullmatch(text)
-    count = int(match["count"] or 1) if match else 0
-    gpu = _spellings().get(_plain(match["gpu"])) if match else None
-    if gpu is None or count < 1:
-        raise InvalidParameterError(
-            f"{text!r} is not a hardware configuration. Write '<count>x <GPU>', such as '2x A100', "
-            f"with {_closest(match['gpu'] if match else text)}."
-        )
-    return Hardware(count=count, gpu=gpu.name, gpu_id=gpu.id, gpu_memory_gb=gpu.memory_gb)
+    for spelling in _SPELLINGS:
+        match = spelling.fullmatch(text)
+        gpu = _gpu_called(match["gpu"]) if match else None
+        count = int(match["count"] or 1) if match else 0
+        if gpu is not None and count > 0:
+            return Hardware(count=count, gpu=gpu.name, gpu_id=gpu.id, gpu_memory_gb=gpu.memory_gb)
+    whole = _SPELLINGS[0].fullmatch(text)
+    raise InvalidParameterError(
+        f"{text!r} is not a hardware configuration. Write '<count>x <GPU>', such as '2x A100', "
+        f"with {_closest(whole['gpu'] if whole else text)}."
+    )
 
 
 def usable_vram_gb(offer: Offer) -> int:
@@ -82,76 +91,96 @@ def usable_vram_gb(offer: Offer) -> int:
     return offer.memory_gb - VRAM_HEADROOM_GB * offer.count
 
 
-def choose_offers(
-    offers: Iterable[Offer],
-    *,
-    requires_vram_gb: int | None,
-    allowed_hardware: Sequence[str] | None,
-    max_price_per_hour: float | None,
-) -> list[Offer]:
+@cache
+def catalogue_offers() -> tuple[Offer, ...]:
+    """The offers of the packaged catalogue: what could be bought on the day it was written down."""
+    found = []
+    for gpu in catalogue():
+        tiers: tuple[tuple[Cloud, Tier | None], ...] = (("SECURE", gpu.secure), ("COMMUNITY", gpu.community))
+        for cloud, tier in tiers:
+            for count in range(1, (tier.max_count if tier else 0) + 1):
+                price = round(count * tier.price_per_hour, 6) if tier else 0.0
+                found.append(Offer(gpu.id, gpu.name, count, cloud, price, count * gpu.memory_gb, "MEDIUM"))
+    return tuple(found)
+
+
+def choose_offers(offers: Iterable[Offer], needs: Needs) -> list[Offer]:
     """The offers that satisfy a job, in the order in which to try them.
 
     `allowed_hardware` decides alone and in its own order; else the cheapest that has the memory, one card
-    before several. What the catalogue calls out of stock comes last of its equals.
+    before several. What the catalogue calls out of stock comes last of its equals. CUDA, vCPU and RAM belong
+    to the machine, of which an offer says nothing: they go into the request.
     """
-    whole = [offer for offer in offers if not _excluded(offer)]
-    affordable = [o for o in whole if max_price_per_hour is None or o.price_per_hour <= max_price_per_hour]
-    if allowed_hardware:
-        wanted = [(hardware.gpu_id, hardware.count) for hardware in map(parse_hardware, allowed_hardware)]
-        named = [offer for offer in affordable if (offer.gpu_id, offer.count) in wanted]
+    within = [offer for offer in offers if not _excluded(offer) and _is_within(offer, needs)]
+    if needs.allowed_hardware:
+        wanted = [
+            (hardware.gpu_id, hardware.count) for hardware in map(parse_hardware, needs.allowed_hardware)
+        ]
+        named = [offer for offer in within if (offer.gpu_id, offer.count) in wanted]
         return sorted(named, key=lambda o: (wanted.index((o.gpu_id, o.count)), *_by_stock_and_price(o)))
-    fitting = [o for o in affordable if _automatic(o) and usable_vram_gb(o) >= (requires_vram_gb or 0)]
+    fitting = [o for o in within if _automatic(o) and usable_vram_gb(o) >= needs.requires_vram_gb]
     single = [offer for offer in fitting if offer.count == 1]
     return sorted(single or _fewest_cards(fitting), key=_by_stock_and_price)
 
 
-def explain_no_offer(
-    offers: Iterable[Offer],
-    *,
-    requires_vram_gb: int | None,
-    allowed_hardware: Sequence[str] | None,
-    max_price_per_hour: float | None,
-) -> str:
+def explain_no_offer(offers: Iterable[Offer], needs: Needs) -> str:
     """Why `choose_offers` found nothing, and the smallest change that would find something."""
     whole = [offer for offer in offers if not _excluded(offer)]
     if not whole:
         return "The provider offers no GPU at all now. Wait, or look at its status page."
-    dearer = choose_offers(
-        whole, requires_vram_gb=requires_vram_gb, allowed_hardware=allowed_hardware, max_price_per_hour=None
-    )
-    if dearer:
+    return _explain_limits(whole, needs) or _explain_hardware(whole, needs)
+
+
+def _explain_limits(whole: list[Offer], needs: Needs) -> str | None:
+    """What to change of the price ceiling and the cloud, when that would do."""
+    ceiling = f"max_price_per_hour={needs.max_price_per_hour!r}"
+    unlimited = dataclasses.replace(needs, max_price_per_hour=None)
+    if dearer := choose_offers(whole, unlimited):
         nearest = min(dearer, key=lambda offer: offer.price_per_hour)
         return (
-            f"max_price_per_hour={max_price_per_hour!r} is below every fitting offer; the cheapest is "
-            f"{nearest}. Raise it to at least {nearest.price_per_hour:.2f}."
+            f"{ceiling} is below every fitting offer; the cheapest is {nearest}. "
+            f"Raise it to at least {_whole_cents(nearest.price_per_hour):.2f}."
         )
-    if allowed_hardware:
-        return _explain_names(whole, allowed_hardware, max_price_per_hour)
-    largest = max(filter(_automatic, whole), key=usable_vram_gb, default=None)
+    if elsewhere := choose_offers(whole, dataclasses.replace(needs, cloud=None)):
+        return f"Nothing that fits is offered with cloud={needs.cloud!r}. Leave it out for {elsewhere[0]}."
+    if elsewhere := choose_offers(whole, dataclasses.replace(unlimited, cloud=None)):
+        nearest = min(elsewhere, key=lambda offer: offer.price_per_hour)
+        return (
+            f"Nothing that fits is offered with cloud={needs.cloud!r}, and {ceiling} is below all that fits "
+            f"elsewhere. Leave `cloud` out, and raise the price to at least "
+            f"{_whole_cents(nearest.price_per_hour):.2f} for {nearest}."
+        )
+    return None
+
+
+def _explain_hardware(whole: list[Offer], needs: Needs) -> str:
+    within = [offer for offer in whole if _is_within(offer, needs)]
+    if needs.allowed_hardware:
+        return _explain_names(whole, within, needs.allowed_hardware)
+    automatic = [*filter(_automatic, within)] or [*filter(_automatic, whole)]
+    largest = max(automatic, key=usable_vram_gb, default=None)
     if largest is None:
         return f"Nothing that is chosen by memory is offered now. Name other hardware, such as {whole[0]}."
+    larger = [o for o in within if not _is_amd(o) and usable_vram_gb(o) >= needs.requires_vram_gb]
+    nearest = min(larger, key=_by_stock_and_price, default=None)
+    mend = f"allow '{nearest.count}x {nearest.gpu_name}' by name" if nearest else "name other hardware"
     return (
-        f"requires_vram_gb={requires_vram_gb!r} is more than any offer has; the largest is {largest} with "
-        f"{usable_vram_gb(largest)} GB usable. Lower it, or name other hardware in allowed_hardware."
+        f"requires_vram_gb={needs.requires_vram_gb!r} is more than any offer has; the largest is {largest} "
+        f"with {usable_vram_gb(largest)} GB usable. Lower it, or {mend} in allowed_hardware."
     )
 
 
-def _explain_names(whole: list[Offer], allowed_hardware: Sequence[str], max_price: float | None) -> str:
-    names = [parse_hardware(text) for text in allowed_hardware]
-    counts = {
-        hardware.gpu: max((o.count for o in whole if o.gpu_id == hardware.gpu_id), default=0)
-        for hardware in names
-    }
+def _explain_names(whole: list[Offer], within: list[Offer], allowed: Iterable[str]) -> str:
+    names = [parse_hardware(text) for text in allowed]
     for hardware in names:
-        if 0 < counts[hardware.gpu] < hardware.count:
+        most = max((o.count for o in whole if o.gpu_id == hardware.gpu_id), default=0)
+        if 0 < most < hardware.count:
             return (
-                f"'{hardware}' is not offered: a pod has at most {counts[hardware.gpu]} {hardware.gpu}. "
-                f"Allow '{counts[hardware.gpu]}x {hardware.gpu}' as well."
+                f"'{hardware}' is not offered: a pod has at most {most} {hardware.gpu}. "
+                f"Allow '{most}x {hardware.gpu}' as well."
             )
     memory = min(hardware.memory_gb for hardware in names)
-    larger = [
-        o for o in whole if o.memory_gb >= memory and (max_price is None or o.price_per_hour <= max_price)
-    ]
+    larger = [offer for offer in within if not _is_amd(offer) and offer.memory_gb >= memory]
     listed = ", ".join(f"'{hardware}'" for hardware in names)
     nearest = min(larger, key=_by_stock_and_price, default=None)
     mend = (
@@ -159,12 +188,30 @@ def _explain_names(whole: list[Offer], allowed_hardware: Sequence[str], max_pric
         if nearest
         else "Wait, or allow other hardware."
     )
-    return f"Nothing of allowed_hardware ({listed}) is offered now. {mend}"
+    slices = [str(hardware) for hardware in names if " MIG " in hardware.gpu_id]
+    note = f" (a slice of a card, such as {slices[0]!r}, is never used)" if slices else ""
+    return f"Nothing of allowed_hardware ({listed}) is offered now{note}. {mend}"
+
+
+def _whole_cents(price: float) -> float:
+    """The price, rounded up: less would not be enough."""
+    return math.ceil(round(100 * price, 6)) / 100
+
+
+def _is_within(offer: Offer, needs: Needs) -> bool:
+    """Whether it keeps to the price and the cloud."""
+    ceiling = needs.max_price_per_hour
+    return (ceiling is None or offer.price_per_hour <= ceiling) and needs.cloud in (None, offer.cloud)
 
 
 def _excluded(offer: Offer) -> bool:
     gpu = gpu_by_id(offer.gpu_id)
     return offer.gpu_id == "unknown" or (gpu.mig if gpu else " MIG " in offer.gpu_id)
+
+
+def _is_amd(offer: Offer) -> bool:
+    # No job runs on one unless its image is made for it: they are not proposed.
+    return offer.gpu_id.startswith("AMD ")
 
 
 def _automatic(offer: Offer) -> bool:
@@ -190,12 +237,28 @@ def _by_id() -> dict[str, Gpu]:
 
 @cache
 def _spellings() -> dict[str, Gpu]:
-    spellings: dict[str, Gpu] = {}
+    """Every GPU by each of its names, and by those without the family where that means one GPU only."""
+    whole: dict[str, Gpu] = {}
     for gpu in catalogue():
-        without_vendor = [gpu.id.removeprefix(vendor) for vendor in _VENDORS]
-        for spelling in (gpu.name, gpu.id, *gpu.aliases, *without_vendor):
-            spellings.setdefault(_plain(spelling), gpu)
-    return spellings
+        for spelling in (gpu.name, gpu.id, *gpu.aliases):
+            whole.setdefault(_plain(spelling), gpu)
+    for spelling, gpu in list(whole.items()):
+        whole.setdefault(f"{spelling}{gpu.memory_gb}gb", gpu)
+    short: dict[str, list[Gpu]] = {}
+    for spelling, gpu in whole.items():
+        short.setdefault(_without_family(spelling), []).append(gpu)
+    return {**{name: gpus[0] for name, gpus in short.items() if len({*gpus}) == 1}, **whole}
+
+
+def _gpu_called(text: str) -> Gpu | None:
+    plain = _plain(text)
+    return _spellings().get(plain) or _spellings().get(_without_family(plain))
+
+
+def _without_family(plain: str) -> str:
+    while family := next((word for word in _FAMILIES if plain.startswith(word)), None):
+        plain = plain.removeprefix(family)
+    return plain
 
 
 def _plain(text: str) -> str:

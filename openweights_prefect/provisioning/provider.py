@@ -52,7 +52,7 @@ class ProviderOutage(ProviderError):
 
 
 class ImageError(ProviderError):
-    """The image cannot be pulled: it is missing, or nobody may read it. No other machine helps."""
+    """The image is missing, not ours to read, or not for this kind of machine. No other machine helps."""
 
 
 class HostUnusable(ProviderError):
@@ -75,7 +75,9 @@ class PodRequest:
     min_cuda: str | None = None
     """Lowest CUDA version of the host's driver, such as `12.8`."""
     min_vcpu_per_gpu: int | None = None
+    """Asked for where the provider can be asked; a pod that is known to have less is ended at once."""
     min_ram_gb_per_gpu: int | None = None
+    """Likewise."""
     price_ceiling: float | None = None
     """USD an hour for the whole pod; a pod that comes out dearer is ended at once."""
 
@@ -158,5 +160,5 @@ class Provider(Protocol):
         ...
 
     async def system_log(self, pod_id: str) -> builtins.list[str]:
-        """What the machine logged of a pod so far, oldest first: pull, start, and why a container does not start."""
+        """What the machine logged of a pod so far, oldest first: pull, start, and why it does not start."""
         ...

@@ -18,6 +18,7 @@ from openweights_prefect.files.store import LocalFileStore
 from openweights_prefect.ledger import migrator
 from openweights_prefect.ledger.connect import access_tokens, connect
 from openweights_prefect.ledger.postgres import local_ledger
+from openweights_prefect.provisioning.runpod.contract import compare
 from openweights_prefect.settings import Settings
 from openweights_prefect.stack import databases, health
 from openweights_prefect.stack.service import Folders
@@ -161,8 +162,17 @@ def _runpod(settings: Settings) -> Check:
     answer = health.ask(f"{url}/pods", headers={"Authorization": f"Bearer {key}"})
     if answer is None:
         return Check("runpod", False, f"{url} does not answer", "Run `ow up`, or check `OW_RUNPOD_API_URL`.")
-    mend = "Check `RUNPOD_API_KEY` and `OW_RUNPOD_API_URL`."
-    return Check("runpod", answer.status == 200, f"{url} answers {answer.status}", mend)
+    if answer.status != 200:
+        mend = "Check `RUNPOD_API_KEY` and `OW_RUNPOD_API_URL`."
+        return Check("runpod", False, f"{url} answers {answer.status}", mend)
+    described = health.ask(f"{url}/openapi.json")
+    document = described.json() if described is not None and described.status == 200 else None
+    problems = (
+        compare(document).problems if isinstance(document, dict) else ["its description cannot be read"]
+    )
+    if problems:
+        return Check("runpod", False, f"{url}: {problems[0]}", "Update openweights-prefect.")
+    return Check("runpod", True, f"{url} answers, and takes the requests that we send")
 
 
 def _job_interpreter(settings: Settings) -> Check:

@@ -41,6 +41,8 @@ class _Seen:
     pods: dict[str, _Sighting] = field(default_factory=dict)
     foreign: set[str] = field(default_factory=set)
     """The provider's ids of pods whose names look like ours, and which are not."""
+    logs: bool = False
+    """Some pod's log has had lines."""
     duplicates: set[str] = field(default_factory=set)
     """Those of second pods of one create, which are on the bill already."""
 
@@ -71,12 +73,15 @@ class Fleet:
         """Compare the rows with one complete list. One pod's trouble does not keep the others waiting."""
         listed = await self._provider.list()
         self._seen.pods = {pod.id: self._seen.pods.get(pod.id, _Sighting()) for pod in pods}
-        for pod in pods:
-            try:
-                await self._reconcile_pod(pod, listed)
-            except ProviderError as exc:
-                logger.warning("Pod %s is looked at again: %s", pod.id, exc)
+        # At once, because the logs of many starting pods take their time.
+        await asyncio.gather(*(self._look_at(pod, listed) for pod in pods))
         await self._end_orphans(pods, listed)
+
+    async def _look_at(self, pod: Pod, listed: Sequence[ProviderPod]) -> None:
+        try:
+            await self._reconcile_pod(pod, listed)
+        except ProviderError as exc:
+            logger.warning("Pod %s is looked at again: %s", pod.id, exc)
 
     async def _reconcile_pod(self, pod: Pod, listed: Sequence[ProviderPod]) -> None:
         held, extras = reaper.counterpart(pod, self._name(pod.id), listed)
@@ -122,7 +127,14 @@ class Fleet:
         if not dead and (pod.age_seconds < _LOG_SECONDS or _now() - sighting.logs_read_at < _LOG_SECONDS):
             return None
         sighting.logs_read_at = _now()
-        lines = await self._provider.system_log(held.id)
+        try:
+            lines = await self._provider.system_log(held.id)
+        except ProviderError as exc:
+            logger.info("The log of pod %s cannot be read: %s", pod.id, exc)
+            return None
+        self._seen.logs = self._seen.logs or bool(lines)
+        if not lines and not self._seen.logs:
+            return None  # Perhaps the key may read no logs: their absence proves nothing.
         diagnosis = diagnose(lines, image=pod.docker_image)
         return reaper.judge_log(pod, lines, diagnosis, self._limits)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import pytest
+from answering_server import AnsweringServer, answer
 
 from openweights_prefect.errors import ConfigurationError
 from openweights_prefect.provisioning.hardware import parse_hardware
@@ -56,6 +58,17 @@ async def client(runpod: SimulatorServer) -> AsyncIterator[RunPodClient]:
             if pod.name.startswith("test-"):
                 await client.terminate(pod.id)
         runpod.control("DELETE", "faults")
+
+
+@contextlib.asynccontextmanager
+async def _served(
+    *answers: str, stays_open: bool = False
+) -> AsyncIterator[tuple[AnsweringServer, RunPodClient]]:
+    async with (
+        AnsweringServer(*answers, stays_open=stays_open) as server,
+        RunPodClient(base_url=server.url, api_key=KEY) as client,
+    ):
+        yield server, client
 
 
 def _request(name: str, **changes: object) -> PodRequest:
@@ -145,9 +158,10 @@ async def test_no_capacity_is_told_from_a_bad_request(client: RunPodClient, runp
 
 
 async def test_a_rejected_request_says_why(client: RunPodClient) -> None:
-    """Unknown GPU, oversized body and bad values are never worth a retry."""
-    with pytest.raises(RequestRejected, match="Unknown GPU type: NVIDIA A4000000"):
+    """An oversized body and bad values are never worth a retry; a type that is unknown is one offer less."""
+    with pytest.raises(NoCapacity, match="Unknown GPU type: NVIDIA A4000000") as unknown:
         await client.create(_request("gpu", gpu_id="NVIDIA A4000000"))
+    assert not unknown.value.recognized
     with pytest.raises(RequestRejected, match="413"):
         await client.create(_request("size", env={"A": "x" * 103_000}))
     with pytest.raises(RequestRejected, match="disk: minimum"):
@@ -222,12 +236,12 @@ async def test_the_pace_of_the_server_is_obeyed() -> None:
             await client.list()
             with pytest.raises(RateLimited) as caught:
                 await client.list()
-    assert 30 < caught.value.retry_after_seconds <= 60
+    assert 30 < caught.value.retry_after_seconds <= 61
     assert waits == []
 
 
 @pytest.mark.parametrize(
-    ("answer", "kind"),
+    ("said", "kind"),
     [
         ("HTTP/1.1 502 Bad Gateway\r\nContent-Length: 2\r\n\r\nno", Ambiguous),
         ("HTTP/1.1 408 Request Timeout\r\nContent-Length: 17\r\n\r\n" + '{"detail": "slo"}', Ambiguous),
@@ -241,21 +255,21 @@ async def test_the_pace_of_the_server_is_obeyed() -> None:
     ],
 )
 async def test_an_unclear_answer_to_a_create_is_ambiguous_and_asked_once(
-    answer: str, kind: type[Exception]
+    said: str, kind: type[Exception]
 ) -> None:
     """Only 201 with our pod is success, and only a clean refusal is a failure; nothing is sent twice."""
-    async with _server(answer) as (url, asked), RunPodClient(base_url=url, api_key=KEY) as client:
+    async with _served(said) as (server, client):
         with pytest.raises(kind) as caught:
             await client.create(_request("unclear", env={"TOKEN": "hidden-value"}))
-    assert len(asked) == 1
+    assert len(server.heads) == 1
     assert "hidden-value" not in str(caught.value)
 
 
 async def test_a_create_that_could_not_be_sent_is_an_outage() -> None:
     """A refused connection proves that nothing was created."""
-    async with _server("") as (url, _):
+    async with AnsweringServer("") as server:
         pass
-    async with RunPodClient(base_url=url, api_key=KEY) as client:
+    async with RunPodClient(base_url=server.url, api_key=KEY) as client:
         with pytest.raises(ProviderOutage, match="Nothing was created"):
             await client.create(_request("unsent"))
 
@@ -274,8 +288,10 @@ async def test_a_create_that_could_not_be_sent_is_an_outage() -> None:
 )
 async def test_a_list_that_is_not_whole_is_an_error(body: str) -> None:
     """A body of another form, an entry without id or an endless list never looks like fewer pods."""
-    answer = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n{body}"
-    async with _server(answer) as (url, _), RunPodClient(base_url=url, api_key=KEY) as client:
+    async with (
+        AnsweringServer(answer(200, body)) as server,
+        RunPodClient(base_url=server.url, api_key=KEY) as client,
+    ):
         with pytest.raises(ProviderOutage):
             await client.list()
 
@@ -283,16 +299,18 @@ async def test_a_list_that_is_not_whole_is_an_error(body: str) -> None:
 async def test_a_sparse_pod_is_read(caplog: pytest.LogCaptureFixture) -> None:
     """Missing keys are tolerated; the key goes into one header, and nowhere else."""
     body = f'{{"pods": [{POD}, {{"id": "p2", "runtime": {{"uptime": 0}}, "new": 1}}]}}'
-    answer = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n{body}"
     with caplog.at_level(logging.DEBUG):
-        async with _server(answer) as (url, asked), RunPodClient(base_url=url, api_key=KEY) as client:
+        async with (
+            AnsweringServer(answer(200, body)) as server,
+            RunPodClient(base_url=server.url, api_key=KEY) as client,
+        ):
             pods = await client.list()
             assert KEY not in repr(client) + caplog.text
     assert [(pod.id, pod.runtime_up, pod.created_at) for pod in pods] == [
         ("p1", False, None),
         ("p2", False, None),
     ]
-    head = asked[0].decode()
+    head = server.heads[0]
     assert head.startswith("GET /v2/pods HTTP")
     assert head.count(KEY) == 1
     assert "User-Agent: openweights-prefect/" in head
@@ -304,31 +322,181 @@ async def test_an_outage_ends_the_retries_of_a_terminate() -> None:
     async def sleep(_: float) -> None:
         return None
 
-    async with _server("") as (url, asked), RunPodClient(base_url=url, api_key=KEY, sleep=sleep) as client:
+    async with (
+        AnsweringServer("") as server,
+        RunPodClient(base_url=server.url, api_key=KEY, sleep=sleep) as client,
+    ):
         with pytest.raises(ProviderOutage, match="failed 4 times"):
             await client.terminate("abc")
         with pytest.raises(ValueError, match="not a pod id"):
             await client.terminate("../account")
-    assert len(asked) == 4
+    assert len(server.heads) == 4
 
 
-class _server:
-    """A server on the loopback address that reads one request on each connection, and gives one answer."""
+RECORDED = {
+    "id": "mqseb0i5acrssr",
+    "name": "test-recorded",
+    "status": "RUNNING",
+    "cost": 0.13,
+    "createdAt": "2026-10-08T09:33:33.607Z",
+    "cudaVersion": "13.0",
+    "dataCenterId": None,
+    "gpu": {"count": 1, "id": "NVIDIA GeForce RTX 3070", "memory": 18, "vcpuCount": 22},
+    "runtime": {"uptime": 33},
+    "ssh": {
+        "direct": {"host": "203.0.113.7", "port": 30001, "username": "root"},
+        "proxy": {"host": "ssh.runpod.io", "port": 22, "username": "mqseb0i5acrssr-64411cb6"},
+    },
+}
 
-    def __init__(self, answer: str) -> None:
-        self._answer = answer
-        self._asked: list[bytes] = []
 
-    async def __aenter__(self) -> tuple[str, list[bytes]]:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        port = self._server.sockets[0].getsockname()[1]
-        return f"http://127.0.0.1:{port}/v2", self._asked
+@pytest.mark.parametrize(
+    ("ssh", "host"),
+    [
+        (RECORDED["ssh"], "64411cb6"),
+        ({"direct": {"host": "203.0.113.7"}, "proxy": None}, "203.0.113.7"),
+        ({"direct": None, "proxy": {"username": "somebody"}}, None),
+        ({"direct": None, "proxy": {"username": "mqseb0i5acrssr-"}}, None),
+        (None, None),
+    ],
+)
+async def test_the_machine_of_a_pod_is_known_by_its_shell(ssh: object, host: str | None) -> None:
+    """The proxy's user carries the machine, the direct address almost; and what the machine has is read."""
+    body = {"pods": [{**RECORDED, "ssh": ssh}]}
+    async with _served(answer(200, body)) as (_server, client):
+        [pod] = await client.list()
+    assert pod.host == host
+    assert (pod.cuda, pod.vcpu, pod.ram_gb, pod.runtime_up) == ("13.0", 22, 18, True)
 
-    async def __aexit__(self, *error: object) -> None:
-        self._server.close()
-        await self._server.wait_closed()
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._asked.append(await reader.readuntil(b"\r\n\r\n"))
-        writer.write(self._answer.encode())
-        writer.close()
+def _specification(*gpu_keys: str) -> str:
+    schema: dict[str, object] = {"properties": {"gpu": {"properties": {key: {} for key in gpu_keys}}}}
+    body = {"requestBody": {"content": {"application/json": {"schema": schema}}}}
+    return answer(200, {"paths": {"/v2/pods": {"post": body}}})
+
+
+async def test_machine_minima_are_asked_only_of_a_server_that_knows_them() -> None:
+    """An unknown key is refused with 422, so the server's description is read first, once."""
+    wish = {"gpu_id": "NVIDIA A40", "min_ram_gb_per_gpu": 16, "min_vcpu_per_gpu": 8, "min_cuda": "12.8"}
+    plain = {"id": "NVIDIA A40", "count": 1, "minCudaVersion": "12.8"}
+    pod = answer(201, RECORDED)
+    for keys, more in {
+        ("minRamPerGpu", "minVcpuCountPerGpu"): {"minRamPerGpu": 16, "minVcpuCountPerGpu": 8},
+        ("id",): {},
+    }.items():
+        async with _served(_specification(*keys), pod) as (server, client):
+            await client.create(_request("recorded", **wish))
+            await client.create(_request("recorded", **wish))
+        assert [head.split(" ")[:2] for head in server.heads] == [
+            ["GET", "/v2/openapi.json"],
+            ["POST", "/v2/pods"],
+            ["POST", "/v2/pods"],
+        ]
+        assert KEY not in server.heads[0]
+        assert server.bodies[1]["gpu"] == server.bodies[2]["gpu"] == {**plain, **more}
+    async with _served(pod) as (server, client):
+        await client.create(_request("recorded"))
+    assert server.bodies[0] == {
+        "name": "test-recorded",
+        "image": "sim/sleep",
+        "gpu": {"id": "NVIDIA A40", "count": 1},
+        "cloud": "SECURE",
+        "disk": 20,
+        "env": {},
+    }
+
+
+async def test_a_pod_with_a_smaller_machine_is_given_back() -> None:
+    """A server that cannot be asked for a minimum may send less; one that does not tell is believed."""
+    for wish, words in (
+        ({"min_vcpu_per_gpu": 23}, "has 22 vCPU"),
+        ({"min_ram_gb_per_gpu": 19}, "18 GB of RAM"),
+    ):
+        async with _served(answer(404), answer(201, RECORDED), answer(204)) as (server, client):
+            with pytest.raises(NoCapacity, match=words):
+                await client.create(_request("recorded", **wish))
+        assert server.heads[-1].startswith("DELETE /v2/pods/mqseb0i5acrssr ")
+        untold = {**RECORDED, "gpu": {"id": "NVIDIA A40", "count": 1}}
+        async with _served(answer(404), answer(201, untold)) as (server, client):
+            assert (await client.create(_request("recorded", **wish))).vcpu == 0
+
+
+async def test_what_cannot_be_had_is_no_offer() -> None:
+    """The sentinel, a cloud that does not sell it, a quota of none and places that cannot be worked with."""
+    card = {
+        "id": "NVIDIA A40",
+        "memory": 48,
+        "secure": True,
+        "price": {"secure": 0.5},
+        "maxCount": {"secure": 1},
+        "availability": "HIGH",
+        "dataCenters": [{"id": "EU-RO-1"}, {"id": "SA-AR-1"}],
+    }
+    unusable = (
+        {"id": "unknown"},
+        {"secure": False},
+        {"maxCount": {"secure": 0}},
+        {"price": {"secure": 0}},
+        {"dataCenters": [{"id": "SA-AR-1"}, {"id": "AR-BA-2"}]},
+    )
+    arkansas = {**card, "id": "NVIDIA L4", "dataCenters": [{"id": "US-AR-1"}]}
+    body = {"gpus": [card, arkansas, *({**card, **change} for change in unusable)]}
+    async with _served(answer(200, body)) as (_server, client):
+        offers = await client.offers()
+    assert [(offer.gpu_name, offer.cloud) for offer in offers] == [("A40", "SECURE"), ("L4", "SECURE")]
+
+
+async def test_the_machines_log_of_a_pod_is_read(client: RunPodClient) -> None:
+    """Against the simulator: what was logged so far, although the stream stays open; nothing of no pod."""
+    pod = await client.create(_request("log"))
+    await _until(lambda: _is_up(client, pod.id))
+    lines = await client.system_log(pod.id)
+    assert lines[0] == "create container sim/sleep"
+    assert any(line.startswith("start container") for line in lines)
+    assert await client.system_log("nosuchpod") == []
+
+
+def _events(*lines: object) -> str:
+    events = [f"id: 2026-06-01T12:02:03Z/{n:012}\ndata: {line}\n\n" for n, line in enumerate(lines)]
+    return "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n: hello\n\n" + "".join(events)
+
+
+async def test_a_log_that_stays_open_or_breaks_off_is_read_as_far_as_it_goes() -> None:
+    """Comments, broken events, foreign sources and a last half event are passed over; lines are bounded."""
+    said = _events(
+        '{"ts": "x", "source": "system", "line": "one"}',
+        "no json",
+        "[]",
+        '{"source": "container", "line": "not this"}',
+        '{"line": "two\u2028half"}',
+        f'{{"source": "system", "line": "{"x" * 9000}"}}',
+        '{"source": "system", "li',
+    )
+    for stays_open in (True, False):
+        async with _served(said, stays_open=stays_open) as (server, client):
+            lines = await client.system_log("p1")
+        assert lines[:2] == ["one", "two\u2028half"]
+        assert [len(line) for line in lines[2:]] == [2000]
+        assert "GET /v2/pods/p1/logs?source=system&tail=500 HTTP" in server.heads[0]
+
+
+async def test_an_endless_log_is_left_after_its_limit() -> None:
+    """A server that never falls silent costs a bounded number of bytes."""
+    said = _events(*['{"source": "system", "line": "' + "y" * 1000 + '"}'] * 3000)
+    async with _served(said, stays_open=True) as (_server, client):
+        lines = await client.system_log("p1")
+    assert 100 < len(lines) < 1000
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [(answer(403), None), (answer(404), None), (answer(401), Unauthorized), (answer(503), ProviderOutage)],
+)
+async def test_a_log_that_may_not_be_read_is_empty(said: str, kind: type[Exception] | None) -> None:
+    """Without a log a pod is judged by its other signs; a broken server is an error."""
+    async with _served(said) as (_server, client):
+        if kind is None:
+            assert await client.system_log("p1") == []
+        else:
+            with pytest.raises(kind):
+                await client.system_log("p1")

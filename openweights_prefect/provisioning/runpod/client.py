@@ -23,14 +23,15 @@ from openweights_prefect.provisioning.provider import (
     ProviderPod,
     RateLimited,
 )
-from openweights_prefect.provisioning.runpod import responses
+from openweights_prefect.provisioning.runpod import contract, creation, refusals, responses, system_log
+from openweights_prefect.provisioning.runpod.rates import RateBudget
 
 USER_AGENT = f"openweights-prefect/{__version__} httpx/{httpx.__version__}"
 
 _TIMEOUT = httpx.Timeout(30.0, connect=10.0)
 _CREATE_TIMEOUT = httpx.Timeout(90.0, connect=10.0)
 _ATTEMPTS = 4
-_LONGEST_WAIT_SECONDS = 15.0
+_LOG_LINES = 500
 _MOST_PAGES = 500
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _CLOUDS: tuple[Cloud, ...] = ("SECURE", "COMMUNITY")
@@ -42,7 +43,8 @@ class RunPodClient:
     """RunPod's REST v2, as a `Provider`.
 
     `http` may be shared; a client made here is closed by `aclose()`. Reads and terminations are retried a few
-    times; `create` never is.
+    times; `create` never is. All calls draw on one budget of requests: `budget` may be shared by the clients
+    of one account, which has the limits.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class RunPodClient:
         api_key: str,
         http: httpx.AsyncClient | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        budget: RateBudget | None = None,
     ) -> None:
         self._base_url = base_url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {_checked(api_key)}", "User-Agent": USER_AGENT}
@@ -60,6 +63,8 @@ class RunPodClient:
         outside = httpx.URL(base_url).host not in _LOOPBACK
         self._http = http or httpx.AsyncClient(trust_env=outside)
         self._sleep = sleep
+        self._budget = budget or RateBudget(sleep=sleep)
+        self._host_minima: bool | None = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(base_url={self._base_url!r})"
@@ -79,8 +84,9 @@ class RunPodClient:
 
     async def create(self, request: PodRequest) -> ProviderPod:
         """Buy one pod with exactly one request; see `Provider.create`."""
+        body = creation.create_body(request, host_minima=await self._may_ask_for_minima(request))
         try:
-            response = await self._send("POST", "/pods", json=_create_body(request), timeout=_CREATE_TIMEOUT)
+            response = await self._send("POST", "/pods", json=body, timeout=_CREATE_TIMEOUT)
         except _NOT_SENT as exc:
             raise ProviderOutage(f"Cannot reach {self._base_url!r} ({exc!r}). Nothing was created.") from exc
         except httpx.HTTPError as exc:
@@ -88,10 +94,10 @@ class RunPodClient:
                 f"No answer to the creation of {request.name!r} ({exc!r}). Look for that name."
             ) from exc
         if response.status_code != 201:
-            raise responses.refused_creation(response, request.name)
+            raise refusals.refused_creation(response, request.name, unsaid=request.env.values())
         pod = responses.created_pod(response, request.name)
-        if request.price_ceiling is not None and pod.cost_per_hour > request.price_ceiling:
-            await self._give_back(pod, request.price_ceiling)
+        if disappointment := creation.disappointment(request, pod):
+            await self._give_back(pod, disappointment)
         return pod
 
     async def list(self) -> builtins.list[ProviderPod]:
@@ -132,13 +138,59 @@ class RunPodClient:
             found += responses.offers(await self._ask("GET", "/catalog/gpus", params=query), cloud)
         return found
 
-    async def _give_back(self, pod: ProviderPod, ceiling: float) -> None:
-        dearer = f"Pod {pod.id!r} costs {pod.cost_per_hour!r} USD/h, more than the ceiling {ceiling!r}"
+    async def system_log(self, pod_id: str) -> builtins.list[str]:
+        """The newest lines that the machine logged of a pod; empty when there is no log to read."""
+        request = self._http.build_request(
+            "GET",
+            f"{self._base_url}/pods/{_segment(pod_id)}/logs",
+            params={"source": "system", "tail": str(_LOG_LINES)},
+            # Unpacked, a compressed stream could have any size.
+            headers={**self._headers, "Accept": "text/event-stream", "Accept-Encoding": "identity"},
+            timeout=_TIMEOUT,
+        )
+        try:
+            response = await self._counted(request, stream=True)
+        except httpx.HTTPError as exc:
+            raise ProviderOutage(f"The log of pod {pod_id!r} cannot be read ({exc!r}).") from exc
+        try:
+            if response.status_code in (403, 404):
+                return []
+            if response.is_success:
+                return system_log.lines_of(await system_log.read_backlog(response.aiter_raw()))
+            await response.aread()
+            raise refusals.failed(response, f"GET the log of pod {pod_id!r}")
+        except httpx.HTTPError as exc:
+            raise ProviderOutage(f"The log of pod {pod_id!r} broke off ({exc!r}).") from exc
+        finally:
+            await response.aclose()
+
+    async def specification(self) -> Mapping[str, Any]:
+        """RunPod's own description of its API; needs no key, and is told none."""
+        url = f"{self._base_url}/openapi.json"
+        headers = {"User-Agent": USER_AGENT}
+        try:
+            response = await self._http.get(url, headers=headers, timeout=_TIMEOUT, follow_redirects=False)
+        except httpx.HTTPError as exc:
+            raise ProviderOutage(f"Cannot read {url!r} ({exc!r}).") from exc
+        return responses.specification(response)
+
+    async def _may_ask_for_minima(self, request: PodRequest) -> bool:
+        """Whether this server knows the keys; asked once, and only for a request that has them."""
+        if request.min_vcpu_per_gpu is None and request.min_ram_gb_per_gpu is None:
+            return False
+        if self._host_minima is None:
+            try:
+                self._host_minima = contract.compare(await self.specification()).host_minima
+            except ProviderError:
+                return False
+        return self._host_minima
+
+    async def _give_back(self, pod: ProviderPod, disappointment: str) -> None:
         try:
             await self.terminate(pod.id)
         except ProviderError as exc:
-            raise Ambiguous(f"{dearer}, and was not ended. Look for the name {pod.name!r}.") from exc
-        raise NoCapacity(f"{dearer}; it was ended. Try the next offer.")
+            raise Ambiguous(f"{disappointment}, and was not ended. Look for the name {pod.name!r}.") from exc
+        raise NoCapacity(f"{disappointment}; it was ended. Try the next offer.")
 
     async def _ask(
         self, method: str, path: str, *, params: Mapping[str, str] | None = None, gone_is_fine: bool = False
@@ -157,14 +209,12 @@ class RunPodClient:
                 continue
             if response.is_success or (gone_is_fine and response.status_code == 404):
                 return response
-            error = responses.failed(response, f"{method} {path}")
-            wait = _backoff_seconds(attempt)
-            if isinstance(error, RateLimited):
-                wait = max(wait, error.retry_after_seconds)
-            transient = isinstance(error, RateLimited) or response.status_code >= 500
-            if last or not transient or wait > _LONGEST_WAIT_SECONDS:
+            error = refusals.failed(response, f"{method} {path}")
+            # The budget has learned of a refusal for the rate: it waits, or ends the attempts.
+            if last or not (isinstance(error, RateLimited) or response.status_code >= 500):
                 raise error
-            await self._sleep(wait)
+            if not isinstance(error, RateLimited):
+                await self._sleep(_backoff_seconds(attempt))
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     async def _send(
@@ -176,33 +226,27 @@ class RunPodClient:
         json: Mapping[str, Any] | None = None,
         timeout: httpx.Timeout = _TIMEOUT,
     ) -> httpx.Response:
-        # Redirects are never followed: a POST must go out once, and the key to one host only.
-        return await self._http.request(
+        request = self._http.build_request(
             method,
             self._base_url + path,
             params=params,
             json=json,
             headers=self._headers,
             timeout=timeout,
-            follow_redirects=False,
         )
+        return await self._counted(request)
 
-
-def _create_body(request: PodRequest) -> dict[str, Any]:
-    gpu: dict[str, Any] = {"id": request.gpu_id, "count": request.gpu_count}
-    if request.min_cuda:
-        gpu["minCudaVersion"] = request.min_cuda
-    body: dict[str, Any] = {
-        "name": request.name,
-        "image": request.image,
-        "gpu": gpu,
-        "cloud": request.cloud,
-        "disk": request.disk_gb,
-        "env": dict(request.env),
-    }
-    if request.args:
-        body["args"] = request.args
-    return body
+    async def _counted(self, request: httpx.Request, *, stream: bool = False) -> httpx.Response:
+        """Send one request when the budget allows it, and let the budget learn from the answer."""
+        await self._budget.take(ends_a_pod=request.method == "DELETE")
+        try:
+            # Redirects are never followed: a POST must go out once, and the key to one host only.
+            response = await self._http.send(request, stream=stream, follow_redirects=False)
+        except BaseException:
+            self._budget.unanswered()
+            raise
+        self._budget.answered(response.status_code, response.headers)
+        return response
 
 
 def _checked(api_key: str) -> str:

@@ -1,4 +1,4 @@
-"""What RunPod's answers mean: values from the good ones, errors from the others."""
+"""What RunPod's good answers say. One that cannot be read is an error, never a shorter list."""
 
 from __future__ import annotations
 
@@ -9,47 +9,18 @@ from typing import Any, NamedTuple, get_args
 
 import httpx
 
-from openweights_prefect.errors import ProviderError
 from openweights_prefect.provisioning.hardware import gpu_by_id
 from openweights_prefect.provisioning.provider import (
     Ambiguous,
     Availability,
     Cloud,
-    InsufficientFunds,
-    NoCapacity,
     Offer,
     ProviderOutage,
     ProviderPod,
-    RateLimited,
-    RequestRejected,
-    Unauthorized,
 )
 
-_DEFAULT_WAIT_SECONDS = 10.0
-# A 400 has no code: these are the texts recorded from RunPod, matched without regard to case.
-_BUG = (
-    "is not defined by type",
-    "got invalid value",
-    "mutually exclusive",
-    "missing property",
-    "is not a valid",
-)
-_CAPACITY = (
-    "no longer any instances available",
-    "no instances currently available",
-    "no instances available",
-    "does not have the resources",
-    "try a different machine",
-    "not enough free gpus",
-    "insufficient resources",
-    "supply_constraint",
-    "out of stock",
-)
-_UNKNOWN_OUTCOME = ("something went wrong",)
-# RunPod's own translation layer rejects a field that it added itself: every create fails, whatever is asked.
-_SCHEMA_OUTAGE = ("got invalid value", "is not defined by type")
-_QUOTED_REQUEST = re.compile(r"\{.*\}", re.DOTALL)
-_EXHAUSTED_WINDOW = re.compile(r";\s*r=0\s*;\s*t=(\d+)")
+# Machines in Argentina are known for a network that cannot be worked with; US-AR would be Arkansas.
+_UNUSABLE_PLACE = re.compile(r"(?!US-)(\w+-)?AR-")
 
 
 class PodPage(NamedTuple):
@@ -57,49 +28,6 @@ class PodPage(NamedTuple):
 
     pods: list[ProviderPod]
     next_cursor: str | None
-
-
-def refused_creation(response: httpx.Response, name: str) -> ProviderError:
-    """The error for any answer to a create but 201; only a clear refusal says that nothing was created."""
-    status, detail = response.status_code, _detail(response)
-    said = f"RunPod answered {status} to the creation of {name!r}: {detail}"
-    plain = {
-        HTTPStatus.UNAUTHORIZED,
-        HTTPStatus.PAYMENT_REQUIRED,
-        HTTPStatus.FORBIDDEN,
-        HTTPStatus.TOO_MANY_REQUESTS,
-    }
-    if status in plain or status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
-        return failed(response, f"the creation of {name!r}")
-    clean = 400 <= status < 500 and status != HTTPStatus.REQUEST_TIMEOUT and _problem(response) is not None
-    text = detail.lower()
-    if not clean or any(fragment in text for fragment in _UNKNOWN_OUTCOME):
-        return Ambiguous(f"{said}. It may exist all the same: look for that name.")
-    if status != HTTPStatus.BAD_REQUEST:
-        return RequestRejected(f"{said}. Mend the request.")
-    if all(fragment in text for fragment in _SCHEMA_OUTAGE):
-        return ProviderOutage(f"{said}. RunPod fails every creation with this; wait.")
-    if any(fragment in text for fragment in _BUG):
-        return RequestRejected(f"{said}. Mend the request.")
-    recognized = any(fragment in text for fragment in _CAPACITY)
-    return NoCapacity(f"{said}. Try the next offer.", recognized=recognized)
-
-
-def failed(response: httpx.Response, what: str) -> ProviderError:
-    """The error for a bad answer, by its status."""
-    status = response.status_code
-    said = f"RunPod answered {status} to {what}: {_detail(response)}"
-    if status == HTTPStatus.UNAUTHORIZED:
-        return Unauthorized(f"{said}. Set RUNPOD_API_KEY to a valid key.")
-    if status == HTTPStatus.FORBIDDEN:
-        return Unauthorized(f"{said}. The key in RUNPOD_API_KEY may not do this.")
-    if status == HTTPStatus.PAYMENT_REQUIRED:
-        return InsufficientFunds(f"{said}. Add credit to the account, or raise its spending limit.")
-    if status == HTTPStatus.TOO_MANY_REQUESTS:
-        return RateLimited(f"{said}. Ask less often.", retry_after_seconds=_retry_after_seconds(response))
-    if 400 <= status < 500:
-        return RequestRejected(f"{said}.")
-    return ProviderOutage(f"{said}. Try again later.")
 
 
 def created_pod(response: httpx.Response, name: str) -> ProviderPod:
@@ -132,6 +60,16 @@ def pod_page(response: httpx.Response) -> PodPage:
     return PodPage([_pod(entry) for entry in entries], str(cursor) if more else None)
 
 
+def specification(response: httpx.Response) -> dict[str, Any]:
+    """RunPod's OpenAPI document."""
+    if response.status_code != HTTPStatus.OK:
+        raise ProviderOutage(f"RunPod answered {response.status_code} to GET /openapi.json.")
+    document = _object(response)
+    if not isinstance(document.get("paths"), dict):
+        raise _unreadable(response)
+    return document
+
+
 def offers(response: httpx.Response, cloud: Cloud) -> list[Offer]:
     """One offer for each number of cards of each type that this cloud sells; other prices mean nothing."""
     entries = _object(response).get("gpus")
@@ -146,7 +84,7 @@ def _offers_of(entry: dict[str, Any], cloud: Cloud) -> list[Offer]:
     most = _mapping(entry.get("maxCount")).get(tier)
     if not isinstance(gpu_id, str) or gpu_id == "unknown" or not entry.get(tier):
         return []
-    if not isinstance(price, int | float) or not price or not isinstance(most, int):
+    if not isinstance(price, int | float) or not price or not isinstance(most, int) or _is_unusable(entry):
         return []
     known = gpu_by_id(gpu_id)
     return [
@@ -161,6 +99,14 @@ def _offers_of(entry: dict[str, Any], cloud: Cloud) -> list[Offer]:
         )
         for count in range(1, most + 1)
     ]
+
+
+def _is_unusable(entry: dict[str, Any]) -> bool:
+    """Everything of it is in an unusable place; community machines are in none that is named."""
+    places = entry.get("dataCenters")
+    if not isinstance(places, list) or not places:
+        return False
+    return all(_UNUSABLE_PLACE.match(str(_mapping(place).get("id"))) for place in places)
 
 
 def _availability(word: object) -> Availability:
@@ -184,7 +130,20 @@ def _pod(entry: object) -> ProviderPod:
         image=str(body.get("image") or ""),
         gpu_id=str(gpu.get("id") or ""),
         gpu_count=int(_number(gpu.get("count"))),
+        host=_host(pod_id, _mapping(body.get("ssh"))),
+        cuda=_text(body.get("cudaVersion")),
+        vcpu=int(_number(gpu.get("vcpuCount"))),
+        ram_gb=int(_number(gpu.get("memory"))),
     )
+
+
+def _host(pod_id: str, ssh: dict[str, Any]) -> str | None:
+    """REST v2 does not name the machine: the proxy's user does, `<pod>-<machine>`, and the address almost."""
+    user = _text(_mapping(ssh.get("proxy")).get("username")) or ""
+    machine = user.removeprefix(f"{pod_id}-")
+    if machine and machine != user:
+        return machine
+    return _text(_mapping(ssh.get("direct")).get("host"))
 
 
 def _object(response: httpx.Response) -> dict[str, Any]:
@@ -205,37 +164,6 @@ def _unreadable(response: httpx.Response) -> ProviderOutage:
     )
 
 
-def _problem(response: httpx.Response) -> dict[str, Any] | None:
-    try:
-        body = response.json()
-    except ValueError:
-        return None
-    return body if isinstance(body, dict) and ("detail" in body or "title" in body) else None
-
-
-def _detail(response: httpx.Response) -> str:
-    problem = _problem(response)
-    if problem is None:
-        return (
-            HTTPStatus(response.status_code).phrase
-            if response.status_code in set(HTTPStatus)
-            else "no reason given"
-        )
-    errors = problem.get("errors")
-    listed = f" ({'; '.join(map(str, errors))})" if isinstance(errors, list) and errors else ""
-    # RunPod quotes the whole request in some refusals, with the environment in it.
-    text = _QUOTED_REQUEST.sub("{...}", f"{problem.get('detail') or problem.get('title')}{listed}")
-    return text.rstrip(".")[:500]
-
-
-def _retry_after_seconds(response: httpx.Response) -> float:
-    waits = [float(seconds) for seconds in _EXHAUSTED_WINDOW.findall(response.headers.get("RateLimit", ""))]
-    header = response.headers.get("Retry-After", "")
-    if header.isdecimal():
-        waits.append(float(header))
-    return max(waits, default=_DEFAULT_WAIT_SECONDS)
-
-
 def _time(value: object) -> datetime | None:
     try:
         moment = datetime.fromisoformat(str(value))
@@ -246,6 +174,10 @@ def _time(value: object) -> datetime | None:
 
 def _number(value: object) -> float:
     return float(value) if isinstance(value, int | float) else 0.0
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) and value else None
 
 
 def _mapping(value: object) -> dict[str, Any]:
