@@ -75,6 +75,8 @@ def commands(command: click.Command = main, path: str = "ow") -> Iterator[tuple[
     if not isinstance(command, click.Group):
         yield path, command
         return
+    if command.invoke_without_command:
+        yield path, command
     ctx = click.Context(command)
     for name in command.list_commands(ctx):
         child = command.get_command(ctx, name)

@@ -12,6 +12,7 @@ from typing import Any
 from openweights_prefect.errors import ConfigurationError
 from openweights_prefect.files.selection import open_store
 from openweights_prefect.ledger.connect import access_tokens, check_organization, connect
+from openweights_prefect.resources.costs import Costs
 from openweights_prefect.resources.custom import Jobs, registered
 from openweights_prefect.resources.events import Events
 from openweights_prefect.resources.files import Files
@@ -43,6 +44,7 @@ class OpenWeights:
     tokens: Tokens
     organization: Organizations
     secrets: Secrets
+    costs: Costs
 
     def __init__(
         self,
@@ -79,6 +81,7 @@ class OpenWeights:
         self.tokens = Tokens(self._session.ledger)
         self.organization = Organizations(self._session.ledger)
         self.secrets = Secrets(self._session)
+        self.costs = Costs(self._session.ledger)
 
     @property
     def organization_id(self) -> str:

@@ -35,6 +35,8 @@ _COMMANDS = {
     "events": _Entry("jobs", "events", "Print the events of a job."),
     "cancel": _Entry("jobs", "cancel", "Cancel jobs."),
     "restart": _Entry("jobs", "restart", "Run failed or canceled jobs again."),
+    "explain": _Entry("explain", "explain", "Say why a job waits, when it starts, and what it costs."),
+    "costs": _Entry("costs", "costs", "Show what pods cost, and for whom; set the budget."),
     "fetch": _Entry("files", "fetch", "Download a file, or the results of a job."),
     "pod": _Entry("pods", "pod", "Look at pods, and end them."),
     "worker": _Entry("worker", "worker", "Run a Prefect worker of type runpod in the foreground."),

@@ -12,6 +12,8 @@ from rich.console import Console
 
 from openweights_prefect.cli.output import duration, json_option, print_json, print_table
 from openweights_prefect.cli.session import user_environment
+from openweights_prefect.simulator.chaos import parse_chaos
+from openweights_prefect.simulator.config import PROFILES
 from openweights_prefect.stack import down as stopping
 from openweights_prefect.stack import state
 from openweights_prefect.stack import up as starting
@@ -21,8 +23,20 @@ from openweights_prefect.stack.state import ServiceStatus
 
 @click.command()
 @click.option("--job-python", metavar="PATH", help="Python of the job environment (torch, TRL); remembered.")
+@click.option(
+    "--chaos",
+    metavar="FAULT=PROBABILITY[,...]",
+    default="",
+    help="Let the simulated RunPod fail, such as preempt=0.2,capacity=0.3; without it nothing fails.",
+)
+@click.option(
+    "--profile",
+    type=click.Choice(sorted(PROFILES)),
+    default="fast",
+    help="How long the simulated RunPod takes for each step of a pod.",
+)
 @json_option
-def up(job_python: str | None, as_json: bool) -> None:
+def up(job_python: str | None, chaos: str, profile: str, as_json: bool) -> None:
     """Start the local stack, or what is missing of it.
 
     PostgreSQL, the Prefect server, a simulated RunPod whose pods are processes of this machine, and the
@@ -31,9 +45,17 @@ def up(job_python: str | None, as_json: bool) -> None:
     \b
     Example:
       ow up --job-python ~/job-env/bin/python
+      ow up --chaos preempt=0.2,capacity=0.3
     """
+    faults = parse_chaos(chaos)
     with _progress("Starting the local stack") as progress:
-        services = starting.up(environment=user_environment(), job_python=job_python, progress=progress)
+        services = starting.up(
+            environment=user_environment(),
+            job_python=job_python,
+            chaos=faults,
+            profile=profile,
+            progress=progress,
+        )
     settings = running_settings(user_environment())
     if as_json:
         print_json({"services": [_document(service) for service in services]})

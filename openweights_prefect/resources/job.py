@@ -15,13 +15,16 @@ from openweights_prefect.errors import (
     NotFoundError,
     WaitTimeout,
 )
+from openweights_prefect.resources.costs import job_cost
 from openweights_prefect.resources.download import download_run
 from openweights_prefect.resources.events import Event, latest_values, read_events, run_scope
+from openweights_prefect.resources.explanation import explain_job
 from openweights_prefect.resources.files import PathLike
 from openweights_prefect.resources.logs import job_lines, job_runs, last_lines
 from openweights_prefect.resources.patience import Pace, patient, sleep_until_end
 from openweights_prefect.resources.runs import Run, column
 from openweights_prefect.resources.session import MAX_ROWS, Session
+from openweights_prefect.types.explanation import Explanation
 from openweights_prefect.types.job import FINAL_STATUSES, JobColumns
 from openweights_prefect.types.run import RunColumns
 
@@ -67,8 +70,15 @@ class Job(JobColumns):
 
     @property
     def cost(self) -> float | None:
-        """What it has cost in USD; None until that is accounted."""
-        return None
+        """What it has cost in USD until now, its share of its pods' other time included; None before that.
+
+        Read now, like `explain`.
+        """
+        return job_cost(self._session.ledger, self.id).total_usd or None
+
+    def explain(self) -> Explanation:
+        """Why it waits, on what it could run, when it starts and what it costs; `print` shows it."""
+        return explain_job(self._session.ledger, self.id)
 
     def refresh(self) -> Job:
         """Read the columns again, into this object."""

@@ -53,7 +53,7 @@ class Tokens:
         """Set what the token's jobs may cost in USD, None for no limit; only admins may."""
         found = self._find(token)
         [answer] = self._ledger.call(
-            "set_token_limit", token_id=found.id, spend_limit_usd=_checked_usd("usd", usd)
+            "set_token_limit", token_id=found.id, spend_limit_usd=checked_usd("usd", usd)
         )
         if answer["outcome"] == "not_found":
             raise _no_token(token)
@@ -86,7 +86,7 @@ def create_token(
         hash=hash_secret(token),
         prefix=token[:_PREFIX_LENGTH],
         valid_seconds=None if expires_in is None else whole_seconds(expires_in, longest=_LONGEST_SECONDS),
-        spend_limit_usd=_checked_usd("spend_limit_usd", spend_limit_usd),
+        spend_limit_usd=checked_usd("spend_limit_usd", spend_limit_usd),
     )
     return NewToken.from_row(answer["token"], token=token)
 
@@ -110,7 +110,8 @@ def whole_seconds(expires_in: timedelta | float, *, longest: int) -> int:
     return int(seconds)
 
 
-def _checked_usd(name: str, usd: float | None) -> float | None:
+def checked_usd(name: str, usd: float | None) -> float | None:
+    """An amount, or None; raises `InvalidParameterError` with the parameter's name."""
     if usd is None:
         return None
     if isinstance(usd, bool) or not isinstance(usd, int | float) or not math.isfinite(usd) or usd < 0:

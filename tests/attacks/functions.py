@@ -59,7 +59,7 @@ FUNCTIONS: dict[str, Function] = {
     "append_events": Function("ph", lambda i: {**_run(i), "first_sequence": 1, "batch": [EVENT]}, writes=True),
     "append_log": Function("ph", lambda i: {**_run(i), "from_offset": 14, "to_offset": 15, "piece": "x"}, writes=True),
     "cancel_job": Function("pw", lambda i: {"job_id": i["run"]}, writes=True),
-    "clear_refusal": Function("w", lambda i: {"subject": "account"}),
+    "clear_refusal": Function("w", lambda i: {"subject": "account"}, writes=True),
     "control_snapshot": Function("w"),
     "create_invitation": Function("a", lambda i: {"code_hash": hash_secret("owi_new")}, writes=True),
     "create_organization": Function("p", lambda i: {"organization_id": uuid.uuid4(), "name": "new"}, personal=True),

@@ -35,7 +35,7 @@ POLICIES = """
 
 PRIVATE_DEFINERS = set("""
     audit is_spent link_run_file lock_file missing_files missing_secrets my_orgs my_role over_budget pod_files pod_jobs pod_run pod_runs
-    retire_failing_pod token_rest token_spent track_interval
+    retire_failing_pod token_names token_rest token_spent track_interval
 """.split())  # fmt: skip
 PUBLIC_DEFINERS = set("""
     accept_invitation create_invitation create_organization create_token delete_secret extend_pod job_secrets list_audit

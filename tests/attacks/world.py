@@ -114,6 +114,9 @@ def _furnish(callers: Callers, mark: str) -> tuple[dict[str, Claims], dict[str, 
         boot = ids["boot"] if pod == "pod-1" else uuid.uuid4()
         ids[f"boot of {pod}"] = boot
         call("register_pod", for_worker=name, as_boot=boot, lease_seconds=600, models=[mark])
+    offer = {"key": "L4|1|SECURE", "hardware": mark}
+    call("publish_catalogue", offers=[offer], limits={"max_workers": 8, "paused": mark})
+    call("note_refusal", subject="account", why=mark, seconds=60)
     call("hint_runs", hints={str(ids["waiting_run"]): ids["pod-1"]})
     [answer] = call("open_run", for_run=ids["flow_run"], for_worker=ids["pod-1"], as_boot=ids["boot"])
     assert answer["outcome"] == "opened", answer

@@ -69,7 +69,8 @@ def leaf_commands(command: click.Command, path: str = "ow") -> list[tuple[str, c
     ctx = click.Context(command)
     names = command.list_commands(ctx)
     found = [(f"{path} {name}", command.get_command(ctx, name)) for name in names]
-    return [leaf for name, child in found if child for leaf in leaf_commands(child, name)]
+    own = [(path, command)] if command.invoke_without_command else []
+    return own + [leaf for name, child in found if child for leaf in leaf_commands(child, name)]
 
 
 def test_every_command_has_help_with_an_example_and_json() -> None:

@@ -41,10 +41,11 @@ as $$ select spell.price_per_hour * extract(epoch from coalesce(spell.ended_at, 
 -- Every second of pods, charged to the runs that caused it. What a pod did while it ran nothing (boot, idle, teardown) is
 -- shared among all of its runs by how long they ran, whenever that was: the parts of a longer time add up to the whole.
 -- `run_id` is null for a pod that ran nothing. Of a run that found its pod warm, `saved_usd` is what another boot would
--- have cost. `day` is the UTC midnight before it, when that is asked for; `run_seconds` is null where nothing ran.
+-- have cost. Without `by_run` nothing is shared. `day` is the UTC midnight before it, when that is asked for. `run_seconds`
+-- is null where nothing ran.
 create function private.charges(
     for_org uuid, since timestamptz default null, until timestamptz default null, by_day boolean default false,
-    of_pods text[] default null
+    by_run boolean default true, of_pods text[] default null
 ) returns table (worker_id text, run_id uuid, day timestamptz, run_seconds float8, direct_usd float8, boot_usd float8,
                  idle_usd float8, teardown_usd float8, saved_usd float8)
 language sql stable
@@ -78,14 +79,15 @@ as $$
               where by_day) as c
         where c.seconds > 0 or (c.seconds = 0 and c.is_moment)
     )
-    select p.worker_id, p.run_id, p.day, p.seconds, p.usd, 0, 0, 0, 0 from piece p where p.run_id is not null
+    select p.worker_id, p.run_id, p.day, sum(p.seconds), sum(p.usd), 0, 0, 0, 0
+    from piece p where p.run_id is not null group by p.worker_id, p.run_id, p.day
     union all
     select o.worker_id, r.run_id, o.day, null, 0, o.boot * s.share, o.idle * s.share, o.teardown * s.share, 0
     from (select p.worker_id, p.day, coalesce(sum(p.usd) filter (where p.kind = 'boot'), 0) as boot,
                  coalesce(sum(p.usd) filter (where p.kind in ('idle', 'run')), 0) as idle,
                  coalesce(sum(p.usd) filter (where p.kind = 'teardown'), 0) as teardown
           from piece p where p.run_id is null group by p.worker_id, p.day) as o
-    left join ran r on r.worker_id = o.worker_id
+    left join ran r on by_run and r.worker_id = o.worker_id
     cross join lateral (select coalesce(r.share, 1) as share) as s
     union all
     select r.worker_id, r.run_id, case when by_day then date_trunc('day', r.started_at, 'utc') end,
@@ -132,6 +134,7 @@ create function public.list_costs(
 ) returns setof jsonb
 language plpgsql stable
 set search_path = ''
+set plan_cache_mode = 'force_custom_plan'
 as $$
 declare
     org uuid := private.my_org();
@@ -147,13 +150,13 @@ begin
                         when 'day' then to_char(c.day at time zone 'utc', 'YYYY-MM-DD')
                         when 'token' then t.id::text
                         else coalesce(t.created_by, j.created_by)::text end as key
-        from private.charges(org, since, until, group_by = 'day') as c
+        from private.charges(org, since, until, group_by = 'day', group_by not in ('worker', 'day')) as c
         left join ledger.runs r on r.organization_id = org and r.id = c.run_id
         left join ledger.worker w on c.run_id is null and w.organization_id = org and w.id = c.worker_id
         left join ledger.jobs j on j.organization_id = org and j.id = coalesce(r.job_id, w.bought_for)
         left join private.token_names() t on t.id = case when r.id is null then j.token_id else r.token_id end
     ), summed as (
-        select c.key, count(distinct c.run_id) filter (where c.run_seconds is not null) as runs, sum(c.direct_usd) as direct, sum(c.boot_usd) as boot, sum(c.idle_usd) as idle, sum(c.teardown_usd) as teardown,
+        select c.key, count(c.run_seconds) as runs, sum(c.direct_usd) as direct, sum(c.boot_usd) as boot, sum(c.idle_usd) as idle, sum(c.teardown_usd) as teardown,
                sum(c.saved_usd) as saved, coalesce(sum(c.run_seconds), 0) as run_seconds
         from charged c group by c.key)
     select jsonb_build_object(
@@ -166,8 +169,8 @@ begin
     left join ledger.worker w on group_by = 'worker' and w.organization_id = org and w.id = s.key
     left join private.token_names() t on group_by = 'token' and t.id::text = s.key
     left join ledger.members m on group_by = 'user' and m.organization_id = org and m.user_id::text = s.key
-    where after_key is null or s.key > after_key or s.key is null
-    order by s.key nulls last
+    where after_key is null or s.key collate "C" > after_key or s.key is null
+    order by s.key collate "C" nulls last
     limit max_rows;
 end
 $$;

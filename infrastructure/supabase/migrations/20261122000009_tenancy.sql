@@ -228,7 +228,7 @@ set search_path = ''
 as $$
     select t.spend_limit_usd - private.token_spent(t.id)
            - coalesce((select sum(c.spend_limit_usd) from ledger.api_tokens c where c.minted_by = t.id), 0)
-    from ledger.api_tokens t where t.id = for_token
+    from ledger.api_tokens t where t.id = for_token and t.spend_limit_usd is not null
 $$;
 
 -- True when the token may start nothing more.
