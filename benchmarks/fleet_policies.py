@@ -29,13 +29,22 @@ class Ours:
 
     def __init__(self, settings: Settings) -> None:
         self._idle_seconds = settings.pod_idle_seconds
+        self._warm_price_factor = settings.warm_price_factor
         self._deadline_seconds = 3600 * settings.pod_ttl_hours
 
     def decide(self, replay: Replay) -> None:
         """What a pass of the worker does, and what an idle pod does for itself."""
         self._end_idle(replay)
         plan = place(
-            [WaitingRun.from_row(_run_row(job, replay.now)) for job in _by_fair_share(replay)],
+            [
+                WaitingRun.from_row(
+                    {
+                        **_run_row(job, replay.now),
+                        "ceiling_per_hour": self._warm_price_factor * job.offer.price_per_hour,
+                    }
+                )
+                for job in _by_fair_share(replay)
+            ],
             [Pod.from_row(_pod_row(pod, replay.now)) for pod in replay.pods],
             fitting=_fitting(replay),
             being_bought=0,

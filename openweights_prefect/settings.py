@@ -72,6 +72,11 @@ class Settings:
     )
     image: str = _setting("OW_IMAGE", "openweights/fine-tuning:latest", "Image of jobs that name none.")
     job_python: str = _setting("OW_JOB_PYTHON", "", "Interpreter of the job environment (torch, TRL).")
+    warm_price_factor: float = _setting(
+        "OW_WARM_PRICE_FACTOR",
+        2.0,
+        "A warm pod is taken when it costs at most so many times the cheapest offer that could be bought.",
+    )
     min_cuda: str = _setting(
         "OW_MIN_CUDA", "12.8", "Lowest CUDA version of a host's driver for jobs that name none."
     )

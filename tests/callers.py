@@ -16,6 +16,7 @@ CONTROL = [
     "record_flow_run",
     "adopt_flow_run",
     "hint_runs",
+    "set_ceilings",
     "set_pending_reasons",
     "intend_pod",
     "record_pod",

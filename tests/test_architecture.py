@@ -19,7 +19,7 @@ ROOT = PACKAGE.parent
 LAYERS = [
     {"cli", "dashboard", "stack", "collection"},
     {"client"},
-    {"resources", "worker", "pod", "simulator"},
+    {"resources", "worker", "pod", "simulator", "proxy"},
     {"jobs", "credentials"},
     {"runtime", "orchestration", "provisioning"},
     {"ledger", "files"},
@@ -34,17 +34,21 @@ NEIGHBOURS |= {("orchestration", "runtime")}
 
 # Who may touch which outside world.
 OWNERS = {
-    "prefect": {"orchestration", "worker", "collection", "pod", "cli", "stack", "credentials"},
+    "prefect": {"orchestration", "worker", "collection", "pod", "cli", "stack", "credentials", "proxy"},
     "psycopg": {"ledger", "stack"},
     "psycopg_pool": {"ledger"},
-    "httpx": {"provisioning", "orchestration", "worker", "stack", "cli", "simulator", "ledger", "files"},
+    "httpx": {
+        *("provisioning", "orchestration", "worker", "stack", "cli", "simulator", "ledger", "files"),
+        "proxy",
+    },
     "supabase": {"ledger"},
     "boto3": {"files"},
     "jwt": {"ledger"},
     "cryptography": {"ledger"},
-    "starlette": {"simulator", "ledger"},
-    "uvicorn": {"simulator", "ledger"},
-    "torch": {"jobs"},
+    "starlette": {"simulator", "ledger", "proxy"},
+    "uvicorn": {"simulator", "ledger", "proxy"},
+    "websockets": {"proxy"},
+    "torch": {"jobs", "pod"},  # A pod has the job interpreter try its GPUs.
     "transformers": {"jobs"},
     "trl": {"jobs"},
     "peft": {"jobs"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from prefect.flows import Flow, load_flow_from_entrypoint
 from prefect.utilities.callables import parameter_schema
 
 from openweights_prefect import bundle
+from openweights_prefect.orchestration.queues import ensure_queues
 from openweights_prefect.settings import Settings
 
 WORK_POOL_TYPE = "runpod"
@@ -34,14 +36,13 @@ async def register_deployments(settings: Settings) -> list[str]:
 
 
 async def ensure_work_pool(client: PrefectClient, name: str) -> None:
-    """Create the work pool of type `runpod` with the worker's template; an existing one is left alone."""
+    """Create the work pool of type `runpod`, with the worker's template and the queues; what exists stays."""
     template = await asyncio.to_thread(work_pool_template)
-    try:
+    with contextlib.suppress(ObjectAlreadyExists):
         await client.create_work_pool(
             WorkPoolCreate(name=name, type=WORK_POOL_TYPE, base_job_template=template)
         )
-    except ObjectAlreadyExists:
-        return
+    await ensure_queues(client, name)
 
 
 def work_pool_template() -> dict[str, Any]:

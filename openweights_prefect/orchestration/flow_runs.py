@@ -21,13 +21,18 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.responses import OrchestrationResult, SetStateStatus
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Cancelled, Completed, Crashed, Failed, Pending
+from prefect.states import Cancelled, Completed, Crashed, Failed, Pending, Running
 
+from openweights_prefect.orchestration.queues import PoolState, pool_state, priority_in, queue_of
 from openweights_prefect.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+FOREIGN_END_SECONDS = 15.0
+"""For how long Prefect shows an end before a run counts as ended by a stranger."""
+
 _CLOSE_SECONDS = 10.0
+_PAGE = 200
 
 
 class FlowRunGone(LookupError):
@@ -40,6 +45,7 @@ class FlowRuns:
     def __init__(self, client: PrefectClient) -> None:
         self._client = client
         self._deployments: dict[str, UUID] = {}
+        self._ended_since: dict[UUID, float] = {}
         self._background: set[asyncio.Task[Any]] = set()
 
     @classmethod
@@ -76,7 +82,7 @@ class FlowRuns:
         variables: Mapping[str, Any],
         tags: Iterable[str],
     ) -> UUID:
-        """The flow run of one attempt; asked again, the same one."""
+        """The flow run of one attempt, in the queue of its priority; asked again, the same one."""
         if deployment not in self._deployments:
             self._deployments[deployment] = (await self._client.read_deployment_by_name(deployment)).id
         try:
@@ -87,6 +93,7 @@ class FlowRuns:
                 name=job_id if attempt == 1 else f"{job_id} attempt {attempt}",
                 idempotency_key=_key(job_id, attempt),
                 tags=list(tags),
+                work_queue_name=queue_of(int(variables.get("priority") or 0)),
             )
         except ObjectNotFound:
             self._deployments.pop(deployment)  # it was deployed anew; the next pass finds it
@@ -148,23 +155,71 @@ class FlowRuns:
 
     async def canceled_among(self, flow_run_ids: Sequence[UUID]) -> list[UUID]:
         """Those that somebody canceled in Prefect."""
+        return await self._in_state(flow_run_ids, [StateType.CANCELLING, StateType.CANCELLED])
+
+    async def ended_among(self, flow_run_ids: Sequence[UUID]) -> list[UUID]:
+        """Those that Prefect has shown as ended for a while: a living run's own flow did not do that.
+
+        The end of a user's own flow is in Prefect a moment before it is in the ledger, hence the while.
+        """
+        types = [StateType.CRASHED, StateType.FAILED, StateType.COMPLETED]
+        found = await self._in_state(flow_run_ids, types)
+        now = asyncio.get_running_loop().time()
+        self._ended_since = {each: self._ended_since.get(each, now) for each in found}
+        return [each for each, since in self._ended_since.items() if now - since >= FOREIGN_END_SECONDS]
+
+    async def restore(self, flow_run_id: UUID) -> None:
+        """Make Prefect show a flow run as running that is, by the ledger."""
+        message = "It was ended in Prefect, but its pod is at work on it; cancel it to stop it."
+        logger.warning("Flow run %s was ended in Prefect while it runs; it is shown as running.", flow_run_id)
+        self._ended_since.pop(flow_run_id, None)
+        try:
+            await self._client.set_flow_run_state(flow_run_id, Running(message=message), force=True)
+        except ObjectNotFound:
+            logger.info("Flow run %s is gone from Prefect", flow_run_id)
+
+    async def _in_state(self, flow_run_ids: Sequence[UUID], types: Sequence[StateType]) -> list[UUID]:
         if not flow_run_ids:
             return []
-        types = FlowRunFilterStateType(any_=[StateType.CANCELLING, StateType.CANCELLED])
+        wanted = FlowRunFilterState(type=FlowRunFilterStateType(any_=list(types)))
         found = await self._client.read_flow_runs(
-            flow_run_filter=FlowRunFilter(
-                id=FlowRunFilterId(any_=list(flow_run_ids)), state=FlowRunFilterState(type=types)
-            )
+            flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=list(flow_run_ids)), state=wanted)
         )
         return [flow_run.id for flow_run in found]
 
+    # Work pool and queues -----------------------------------------------------------------------
+
     async def deployment_of(self, flow_run: FlowRun) -> tuple[str | None, dict[str, Any]]:
-        """`flow/deployment` of a flow run, or None, and the job variables of the deployment."""
+        """`flow/deployment` of a flow run, or None, and the job variables of that and of its queue."""
+        variables: dict[str, Any] = {}
+        if not flow_run.work_queue_name:  # Scheduled ones, as a worker gets them, do not name it.
+            flow_run = await self._client.read_flow_run(flow_run.id)
+        if flow_run.work_pool_name and flow_run.work_queue_name:
+            queues = await self._client.read_work_queues(work_pool_name=flow_run.work_pool_name)
+            if priority := priority_in(flow_run.work_queue_name, queues):
+                variables["priority"] = priority
         if flow_run.deployment_id is None:
-            return None, {}
+            return None, variables
         deployment = await self._client.read_deployment(flow_run.deployment_id)
         flow = await self._client.read_flow(deployment.flow_id)
-        return f"{flow.name}/{deployment.name}", deployment.job_variables or {}
+        return f"{flow.name}/{deployment.name}", {**variables, **(deployment.job_variables or {})}
+
+    async def pool_state(self, pool: str) -> PoolState:
+        """Whether the pool or queues of it are paused, and its concurrency limit."""
+        return await pool_state(self._client, pool)
+
+    async def held_back(self, state: PoolState, flow_run_ids: Sequence[UUID]) -> dict[UUID, str]:
+        """Those that may not start as the pool is, and why; asks Prefect only when queues are paused."""
+        if state.paused or not state.paused_queues:
+            why = state.reason(None)
+            return {} if why is None else dict.fromkeys(flow_run_ids, why)
+        held: dict[UUID, str] = {}
+        for start in range(0, len(flow_run_ids), _PAGE):
+            ids = FlowRunFilterId(any_=list(flow_run_ids[start : start + _PAGE]))
+            for flow_run in await self._client.read_flow_runs(flow_run_filter=FlowRunFilter(id=ids)):
+                if why := state.reason(flow_run.work_queue_name):
+                    held[flow_run.id] = why
+        return held
 
     # Logs and artifacts -------------------------------------------------------------------------
 

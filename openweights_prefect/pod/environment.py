@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 
+from openweights_prefect.pod.session import proxy_token
 from openweights_prefect.settings import Settings
 
 
-def prepare_environment(settings: Settings, environment: MutableMapping[str, str]) -> None:
-    """Name the API, patience in an outage, and silence towards others."""
+def prepare_environment(settings: Settings, environment: MutableMapping[str, str], session: str) -> None:
+    """Name the API, patience in an outage, and silence towards others.
+
+    With a proxy before the API, the pod knows that alone, by a token of its own.
+    """
+    if settings.prefect_proxy_url:
+        environment["PREFECT_API_URL"] = settings.prefect_proxy_url
+        environment["PREFECT_API_KEY"] = proxy_token(session)
     defaults = {
         "PREFECT_API_URL": settings.prefect_api_url,
         "PREFECT_CLIENT_MAX_RETRIES": "20",

@@ -23,6 +23,7 @@ def prepare(folder: RunFolder, job: Mapping[str, Any], *, job_socket: Path, fetc
     """
     remove(folder)
     (folder.work / "uploads").mkdir(parents=True, mode=0o700)
+    folder.temporary.mkdir(mode=0o700)
     folder.log.touch(mode=0o600)
     folder.spool.touch(mode=0o600)
     folder.library.mkdir()

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,13 @@ class Child:
 
 
 class Nursery:
-    """Keeps one zygote alive and hands out children."""
+    """Keeps one zygote alive and hands out children.
 
-    def __init__(self) -> None:
+    Each of them begins with the `environment` of now, whatever became of it or of other runs meanwhile.
+    """
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._environment = dict(environment)
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._reader_task: asyncio.Task[None] | None = None
@@ -60,6 +65,7 @@ class Nursery:
                     "openweights_prefect.pod.zygote",
                     str(theirs.fileno()),
                     pass_fds=(theirs.fileno(),),
+                    env=self._environment,
                     stdin=asyncio.subprocess.DEVNULL,
                 )
             reader, self._writer = await asyncio.open_connection(sock=ours)

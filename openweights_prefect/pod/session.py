@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import secrets
 from collections.abc import MutableMapping
@@ -43,3 +44,8 @@ def session_secret(path: Path) -> str:
         finally:
             unfinished.unlink()
     return path.read_text(encoding="utf-8")
+
+
+def proxy_token(session: str) -> str:
+    """The token that the proxy before the Prefect API takes; it tells nothing of the session."""
+    return f"owx_{hashlib.sha256(f'prefect:{session}'.encode()).hexdigest()}"

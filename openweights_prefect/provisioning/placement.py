@@ -29,6 +29,8 @@ class WaitingRun:
     needs: Needs
     hinted_worker_id: str | None = None
     hinted_seconds_ago: float | None = None
+    ceiling_per_hour: float | None = None
+    """A warm pod that is dearer is not worth it."""
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> WaitingRun:
@@ -44,6 +46,7 @@ class WaitingRun:
             needs=Needs.from_row(row),
             hinted_worker_id=row["hinted_worker_id"],
             hinted_seconds_ago=row["hinted_seconds_ago"],
+            ceiling_per_hour=row["ceiling_per_hour"],
         )
 
     @property
@@ -139,7 +142,14 @@ def place(
     taken = {run.hinted_worker_id for run in waiting if run.freshly_hinted}
     idle = {pod.id: pod for pod in pods if pod.is_idle and pod.id not in taken}
     starting = {pod.id: pod for pod in pods if pod.status == "starting"}
-    usable = {worker for run in waiting for worker in fitting.get(run.needs_class, ())}
+    prices = {pod.id: pod.price_per_hour for pod in pods}
+
+    def suitable(run: WaitingRun) -> list[str]:
+        ceiling = run.ceiling_per_hour
+        fits = fitting.get(run.needs_class, ())
+        return [worker for worker in fits if ceiling is None or prices[worker] <= ceiling]
+
+    usable = {worker for run in waiting for worker in suitable(run)}
     useless = sorted(
         (pod for pod in idle.values() if pod.id not in usable), key=lambda pod: pod.price_per_hour
     )
@@ -147,7 +157,7 @@ def place(
     for run in waiting:
         if run.run_id is None or run.freshly_hinted:
             continue
-        fits = fitting.get(run.needs_class, ())
+        fits = suitable(run)
         if pod := _preferred(run, [idle[worker] for worker in fits if worker in idle]):
             plan.hints[run.run_id] = idle.pop(pod.id).id
         elif pod := _oldest([starting[worker] for worker in fits if worker in starting]):

@@ -23,7 +23,6 @@ _INHERITED = (
     "LANG",
     "LC_ALL",
     "TZ",
-    "TMPDIR",
     "LD_LIBRARY_PATH",
     "SSL_CERT_FILE",
     "SSL_CERT_DIR",
@@ -63,6 +62,11 @@ class RunFolder:
         return self.path / "events.jsonl"
 
     @property
+    def temporary(self) -> Path:
+        """Where temporary files of the entrypoint are, so that they go with the run."""
+        return self.path / "tmp"
+
+    @property
     def library(self) -> Path:
         """A folder with nothing but our package, for PYTHONPATH."""
         return self.path / "lib"
@@ -90,6 +94,8 @@ def job_environment(
         **secrets,
         "PATH": f"{Path(job_python).parent}{os.pathsep}{path}" if job_python else path,
         "PYTHONPATH": str(folder.library),
+        # By way of the sockets' folder: a path in there is short enough for the sockets of the job's own.
+        "TMPDIR": str(Path(str(job["job_socket"])).with_name("tmp")),
         "N_GPUS": os.environ.get("N_GPUS", "0"),
         wire.RUN_VARIABLE: os.environ[wire.RUN_VARIABLE],
         wire.JOB_VARIABLE: str(job["id"]),
@@ -120,9 +126,11 @@ async def run_entrypoint(folder: RunFolder, job: Mapping[str, Any], *, job_pytho
     )
     wire.request("started", pid=process.pid)
     try:
-        return await process.wait()
+        code = await process.wait()
+        await asyncio.to_thread(wire.request, "exited")  # the agent ends what the entrypoint left running
+        return code
     finally:
-        _kill_group(process.pid)  # what the entrypoint left running
+        _kill_group(process.pid)
 
 
 def _kill_group(group: int) -> None:

@@ -15,6 +15,8 @@ from openweights_prefect.errors import OpenWeightsError
 SOCKET_VARIABLE = "OW_AGENT_SOCKET"
 SPOOL_VARIABLE = "OW_EVENT_SPOOL"
 RUN_VARIABLE = "OPENWEIGHTS_RUN_ID"
+POD_SOCKET = "agent.sock"
+"""In the folder of the agent: a link to the socket on which it answers whoever is on its machine."""
 JOB_VARIABLE = "OPENWEIGHTS_JOB_ID"
 MAX_LINE = 64 * 1024 * 1024
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import json
 import signal
 import socket
@@ -28,6 +29,7 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, simulator: Simulator) -> None:
         super().__init__(config)
         self._simulator = simulator
+        simulator.connections = self.server_state.connections
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._simulator.stop_streams()
@@ -40,6 +42,8 @@ def main() -> None:
     folder = arguments.state_dir.absolute()
     try:
         config = load_config(arguments.config, profile=arguments.profile)
+        if arguments.time_scale is not None:
+            config = dataclasses.replace(config, time_scale=arguments.time_scale)
         folder.mkdir(parents=True, exist_ok=True)
         # Held until the end: a second simulator on the folder would take the first one's pods for lost.
         lock = FileLock(folder / "lock", timeout=0).acquire()
@@ -65,7 +69,7 @@ async def _serve(simulator: Simulator, listener: socket.socket, folder: Path) ->
         # uvicorn puts this back after it has served, and repeats the signal: the pods must be stopped first.
         # Not SIG_IGN, which the containers would inherit.
         signal.signal(number, lambda *_: None)
-    await simulator.open()
+    await simulator.open(f"http://{_HOST}:{listener.getsockname()[1]}")
     try:
         _announce(listener.getsockname()[1], folder)
         await _Server(settings, simulator).serve(sockets=[listener])
@@ -80,6 +84,7 @@ def _announce(port: int, folder: Path) -> None:
         "port": port,
         "base_url": base,
         "rest": f"{base}/v2",
+        "graphql": f"{base}/graphql",
         "control": f"{base}/_sim",
         "control_token_file": str(folder / "control_token"),
     }
@@ -97,6 +102,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--profile", choices=PROFILES, default="fast", help="how long each step of a pod takes"
     )
+    parser.add_argument("--time-scale", type=float, help="simulated seconds in a real one")
     return parser.parse_args()
 
 

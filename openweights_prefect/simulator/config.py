@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from openweights_prefect.errors import ConfigurationError
+from openweights_prefect.simulator.chaos import checked
 
 MAIN_KEY = "rpa_sim_main"
 Seconds = tuple[float, float]
@@ -35,6 +36,10 @@ class Timings:
     """From SIGTERM to SIGKILL."""
     terminated_linger: float
     """How long a pod stays listed as TERMINATED."""
+    preempt_grace: float
+    """From SIGTERM to SIGKILL of a preempted pod."""
+    balance_check: float
+    """Between two looks at the balances."""
 
 
 PROFILES = {
@@ -48,6 +53,8 @@ PROFILES = {
         restart_backoff=(0.05, 0.05),
         stop_grace=1,
         terminated_linger=0,
+        preempt_grace=0.2,
+        balance_check=5,
     ),
     "fast": Timings(
         allocate=(0.05, 0.05),
@@ -59,6 +66,8 @@ PROFILES = {
         restart_backoff=(0.1, 1),
         stop_grace=1,
         terminated_linger=0.5,
+        preempt_grace=0.5,
+        balance_check=5,
     ),
     "realistic": Timings(
         allocate=(15, 80),
@@ -70,6 +79,8 @@ PROFILES = {
         restart_backoff=(0.1, 60),
         stop_grace=10,
         terminated_linger=120,
+        preempt_grace=5,
+        balance_check=300,
     ),
 }
 
@@ -89,6 +100,10 @@ class Image:
     entrypoint: tuple[str, ...] = ()
     cmd: tuple[str, ...] = ()
     env: dict[str, str] = field(default_factory=dict)
+    cuda: str = ""
+    """The CUDA version that it needs of its host's driver; empty: any."""
+    private: bool = False
+    """A pull without a registry credential is `unauthorized`."""
 
 
 @dataclass(frozen=True)
@@ -111,12 +126,50 @@ class SimulatorConfig:
     spend_limit_per_hour: float = 80.0
     page_size: int = 0
     """Pods in one page of the list; 0 means all."""
+    chaos: dict[str, float] = field(default_factory=dict)
+    """Fault to its probability, see `chaos.py`."""
+    clock: Literal["real", "manual"] = "real"
+    """A manual clock moves by `POST /_sim/clock/advance` alone."""
+    time_scale: float = 1.0
+    """Simulated seconds in a real one."""
+    placement: Literal["first", "random"] = "first"
+    """Which of the hosts with room gets a pod: always the first gives the same bad machine again."""
+    vcpu_per_gpu: int = 8
+    ram_gb_per_gpu: int = 32
+    registries: tuple[str, ...] = ()
+    """Ids of the registry credentials that a create may name."""
+    foreign_registries: tuple[str, ...] = ("reg_of_a_colleague",)
+    """Credentials of somebody else; to delete one is a violation."""
     foreign_pods: bool = True
     """Put three pods of somebody else into the main account."""
     foreign_prefix: str = "ow-"
     """Names of the foreign pods begin like this, as a deployment of a colleague would name them."""
+    foreign_policy: Literal["report", "deny"] = "report"
+    """What happens to a change of a foreign pod beside its entry in the report."""
     log_limit_mb: float = 16.0
     """A container log that grows beyond this is moved to `container.log.1`."""
+    background_rpm: int = 0
+    """Requests a minute that colleagues take from the same quota."""
+    graphql_per_minute: int = 1000
+    """Choice: RunPod does not tell the limit of its GraphQL."""
+    status_mode: Literal["measured", "documented"] = "measured"
+    """Choice: measured is RUNNING from rental on; the documents tell of PROVISIONING and STARTING."""
+    spec_level: Literal["newest", "aug2026"] = "newest"
+    """Choice: whether the server knows `entrypoint` and `cmd`, which the documents have since September."""
+    quirk_missing_count: bool = True
+    """Measured once: a create without `gpu.count` finds no instances, in spite of the default of 1."""
+    cost_when_exited: Literal["price", "zero"] = "price"
+    """Choice: measured is that `cost` keeps the rate; the documents say 0."""
+    bill_disks: bool = False
+    """Choice: RunPod bills disks beside `cost`, 0.10 USD/GB/month. Off, so that the bill is price x time."""
+    bill_from: Literal["rental", "container"] = "rental"
+    """Choice: one report saw billing from the container's start only."""
+    pull_failure: Literal["exit", "stuck"] = "exit"
+    """Choice: both were seen: EXITED after some seconds, and RUNNING for ever."""
+    start_no_gpu: Literal["error", "zero"] = "error"
+    """Choice: a stopped pod whose cards were taken is refused, or starts with none."""
+    wipe_on_autorestart: bool = False
+    """Choice: whether the container disk is empty after the container has exited by itself."""
     control_token: str = ""
     """Token of `/_sim`; empty means the one in the state folder's file `control_token`."""
 
@@ -139,6 +192,10 @@ def _config(document: dict[str, Any], timings: Timings) -> SimulatorConfig:
         k: tuple(v) if isinstance(v, list) else v for k, v in values.pop("timings", {}).items()
     }
     values["timings"] = dataclasses.replace(timings, **overrides)
+    for name in ("registries", "foreign_registries"):
+        if name in values:
+            values[name] = tuple(values[name])
+    values["chaos"] = checked(values.get("chaos", {}))
     if "keys" in values:
         values["keys"] = {token: Key(**key) for token, key in values["keys"].items()}
     images = values.get("images", {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
 import signal
@@ -50,16 +51,41 @@ def _orphan() -> None:
     orphan.returncode = 0  # Left behind on purpose: no warning that it still runs.
 
 
+def _serve(port: str) -> NoReturn:
+    listen = int(os.environ.get(f"RUNPOD_SIM_LISTEN_{port}", port))
+    handler = http.server.SimpleHTTPRequestHandler
+    http.server.ThreadingHTTPServer(("127.0.0.1", listen), handler).serve_forever()
+    raise AssertionError("unreachable: it serves until it is killed")
+
+
+def _exit(name: str) -> NoReturn:
+    """`exit:<code>` or `exit-after:<seconds>:<code>`."""
+    words = name.split(":")
+    if words[0] == "exit-after":
+        time.sleep(float(words[1]))
+    print(f"exiting with {name}", flush=True)
+    sys.exit(int(words[-1]))
+
+
+def _out_of_memory() -> NoReturn:
+    """Die as by the kernel's out-of-memory killer, without taking the memory."""
+    print("Killed", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+    _sleep()
+
+
 def main(name: str) -> None:
     """Run the program of the built-in image `sim/<name>`."""
-    if name.startswith("exit:"):
-        print(f"exiting with {name}", flush=True)
-        sys.exit(int(name.removeprefix("exit:")))
+    if name.startswith("exit"):
+        _exit(name)
+    if name.startswith("http:"):
+        _serve(name.removeprefix("http:"))
     programs = {
         "sleep": _sleep,
         "ignore-term": _ignore_term,
         "env-dump": _env_dump,
         "fork": _fork,
+        "oom": _out_of_memory,
         "orphan": _orphan,
     }
     programs[name]()

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Mapping
 
 from openweights_prefect.simulator.config import SimulatorConfig
-from openweights_prefect.simulator.fleet import Fleet, Rental
-from openweights_prefect.simulator.hosts import Host
-from openweights_prefect.simulator.model import Phase
+from openweights_prefect.simulator.fleet import Fleet
+from openweights_prefect.simulator.hosts import elsewhere
+from openweights_prefect.simulator.model import Phase, Pod, Rental
 
 ACCOUNT = "main"
 CANARY = "SIM_CANARY_"
 
 _GPU = "NVIDIA A40"
-_HOST = Host("elsewhere", _GPU, "SECURE", "US-KS-2", 8, "12.8")
 
 
 def add_foreign_pods(fleet: Fleet, config: SimulatorConfig) -> None:
@@ -33,15 +32,23 @@ def add_foreign_pods(fleet: Fleet, config: SimulatorConfig) -> None:
         start=1,
     ):
         env = {"SECRET": f"{CANARY}{number}", "OW_OWNER": "another-deployment"}
-        rental = Rental(
-            name=name,
-            image="runpod/pytorch:latest",
-            gpu_id=_GPU,
-            gpu_count=1,
-            cloud="SECURE",
-            disk=50,
-            env=env,
-        )
-        pod = fleet.rent(ACCOUNT, rental, _HOST, owner="foreign")
-        pod.phase, pod.locked, pod.visible_at = phase, locked, 0
-        pod.container_started_at = time.time()
+        pod = add_foreign_pod(fleet, name=name, env=env)
+        pod.phase, pod.locked = phase, locked
+
+
+def add_foreign_pod(
+    fleet: Fleet, *, name: str, env: Mapping[str, str] | None = None, gpu: str = _GPU, account: str = ACCOUNT
+) -> Pod:
+    """A pod of somebody else that runs."""
+    rental = Rental(
+        name=name,
+        image="runpod/pytorch:latest",
+        gpu_id=gpu,
+        gpu_count=1,
+        cloud="SECURE",
+        disk=50,
+        env=dict(env or {}),
+    )
+    pod = fleet.rent(account, rental, elsewhere(gpu), owner="foreign")
+    pod.phase, pod.container_started_at, pod.untold_since = Phase.UP, pod.created_at, None
+    return pod

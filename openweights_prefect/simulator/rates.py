@@ -21,16 +21,18 @@ class Verdict:
 class RateLimit:
     """Fixed windows, each beginning with its first request."""
 
-    def __init__(self, limits: Mapping[str, int]) -> None:
+    def __init__(self, limits: Mapping[str, int], *, others_per_minute: int = 0) -> None:
         self._limits = {window: quota for window, quota in limits.items() if window in _SECONDS}
         self._started: dict[str, float] = {}
         self._used: dict[str, int] = {}
+        self._others_per_minute = others_per_minute
 
     def count(self, now: float) -> Verdict:
         """Count one request; a refused one is not counted."""
         for window in self._limits:
             if now - self._started.get(window, float("-inf")) >= _SECONDS[window]:
-                self._started[window], self._used[window] = now, 0
+                others = self._others_per_minute * _SECONDS[window] // 60
+                self._started[window], self._used[window] = now, min(others, self._limits[window])
         exceeded = next((w for w, quota in self._limits.items() if self._used[w] >= quota), None)
         if exceeded is None:
             for window in self._limits:

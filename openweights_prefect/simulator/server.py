@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import urlencode
 
 import httpx
 
@@ -97,6 +98,11 @@ class SimulatorServer:
         response = httpx.request(method, url, headers=headers, json=body, timeout=30, trust_env=False)
         response.raise_for_status()
         return response.json() if response.content else None
+
+    def wait(self, condition: str, *, pod: str | None = None, timeout_seconds: float = 20) -> None:
+        """Return when a condition of `conditions.py` is true, such as `pod.phase==UP`."""
+        query = {"expr": condition, "timeout": str(timeout_seconds), **({"pod": pod} if pod else {})}
+        self.control("GET", f"wait?{urlencode(query)}")
 
     def report(self) -> Any:
         """Pods alive, money spent, rules broken."""

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 
-from openweights_prefect.simulator.processes import INSTANCE_VARIABLE, sweep
+from openweights_prefect.simulator.processes import sweep
 
 
 def start_warden(instance: str) -> subprocess.Popen[bytes]:
@@ -27,7 +27,7 @@ def _main(instance: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.stdin.buffer.read()
-    sweep({INSTANCE_VARIABLE: instance})
+    sweep(instance)
 
 
 if __name__ == "__main__":

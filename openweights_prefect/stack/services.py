@@ -29,11 +29,18 @@ class Services(NamedTuple):
     worker: Service
 
 
-def plan(settings: Settings, folders: Folders, *, prefect_database_url: str, api_key: str) -> Services:
+def plan(
+    settings: Settings,
+    folders: Folders,
+    *,
+    prefect_database_url: str,
+    api_key: str,
+    simulator_profile: str = "fast",
+) -> Services:
     """The services for these settings, whose addresses are complete."""
     return Services(
         prefect=_prefect(settings, folders, prefect_database_url),
-        simulator=_simulator(settings, folders),
+        simulator=_simulator(settings, folders, simulator_profile),
         worker=_worker(settings, api_key),
     )
 
@@ -48,8 +55,10 @@ def runpod_api_url(port: int) -> str:
     return f"http://{HOST}:{port}/v2"
 
 
-def write_simulator_config(folders: Folders, api_key: str, common: Mapping[str, str]) -> None:
-    """Tell the simulator who may call it and what a pod of our images runs."""
+def write_simulator_config(
+    folders: Folders, api_key: str, common: Mapping[str, str], *, chaos: Mapping[str, float]
+) -> None:
+    """Tell the simulator who may call it, what a pod of our images runs, and what is to go wrong."""
     passed = {name: common[name] for name in _POD_PASSED if name in common}
     environment = {
         **passed,
@@ -57,20 +66,26 @@ def write_simulator_config(folders: Folders, api_key: str, common: Mapping[str, 
         "OW_HOME": str(folders.home),
         HOME_VARIABLE: str(folders.home),
         "PYTHONUNBUFFERED": "1",
+        "OW_GPU_CHECK": "inventory",  # Simulated cards compute nothing.
     }
     image = {"entrypoint": module_command("openweights_prefect.pod"), "env": environment}
-    document = {"keys": {api_key: {"account": "main"}}, "images": {POD_IMAGES: image}}
+    document = {
+        "keys": {api_key: {"account": "main"}},
+        "images": {POD_IMAGES: image},
+        "rate_limits": {"minute": 600, "hour": 30_000, "day": 500_000},
+        "chaos": dict(chaos),
+    }
     write_private(folders.simulator_config, json.dumps(document, indent=2) + "\n")
 
 
-def _simulator(settings: Settings, folders: Folders) -> Service:
+def _simulator(settings: Settings, folders: Folders, profile: str) -> Service:
     url = runpod_api_url(settings.simulator_port)
     command = ("openweights_prefect.simulator", "--port", str(settings.simulator_port))
     places = ("--state-dir", str(folders.simulator), "--config", str(folders.simulator_config))
     return Service(
         name="simulator",
         title="simulated RunPod",
-        argv=module_command(*command, *places),
+        argv=module_command(*command, *places, "--profile", profile),
         address=url,
         # Without the key, so that the question does not count against the rate limit of its account.
         healthy=lambda process: health.answers(f"{url}/pods", expected=401),

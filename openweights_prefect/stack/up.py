@@ -35,12 +35,18 @@ Progress = Callable[[str], None]
 
 
 def up(
-    *, environment: Mapping[str, str], job_python: str | None = None, progress: Progress
+    *,
+    environment: Mapping[str, str],
+    job_python: str | None = None,
+    chaos: Mapping[str, float] | None = None,
+    profile: str = "fast",
+    progress: Progress,
 ) -> list[ServiceStatus]:
     """Start what is not running and healthy, and return the state of all.
 
     Idempotent; two at once give one stack. When a step fails, what this call started is stopped again and the
     error says why. Services get an allow-list of `environment`, the user's. `job_python` is remembered.
+    `chaos` and `profile` are the simulated RunPod's until the next call.
     """
     environment = stack_environment(environment)
     settings = Settings.load(environment)
@@ -51,7 +57,8 @@ def up(
         settings = Settings.load(environment)  # Another `ow up` may have chosen meanwhile.
         interpreter = _find_interpreter(job_python or settings.job_python)
         settings = dataclasses.replace(settings, job_python=interpreter)
-        settings = _Start(folders, environment, progress, undo).run(settings)
+        start = _Start(folders, environment, progress, undo, chaos=chaos or {}, profile=profile)
+        settings = start.run(settings)
         undo.pop_all()
     return status(settings)
 
@@ -60,13 +67,22 @@ class _Start:
     """One call of `up()`; every step puts what undoes it on the stack `undo`."""
 
     def __init__(
-        self, folders: Folders, environment: Mapping[str, str], progress: Progress, undo: contextlib.ExitStack
+        self,
+        folders: Folders,
+        environment: Mapping[str, str],
+        progress: Progress,
+        undo: contextlib.ExitStack,
+        *,
+        chaos: Mapping[str, float],
+        profile: str,
     ) -> None:
         self._folders = folders
         self._environment = environment
         self._common = common_environment(folders, environment)
         self._progress = progress
         self._undo = undo
+        self._chaos = chaos
+        self._profile = profile
         self._started: set[str] = set()
 
     def run(self, settings: Settings) -> Settings:
@@ -75,12 +91,18 @@ class _Start:
         key = ensure_api_key(folders)
 
         def plan(chosen: Settings) -> Services:
-            return services.plan(chosen, folders, prefect_database_url=where.prefect_url, api_key=key)
+            return services.plan(
+                chosen,
+                folders,
+                prefect_database_url=where.prefect_url,
+                api_key=key,
+                simulator_profile=self._profile,
+            )
 
         settings = dataclasses.replace(settings, database_url=where.ledger_url)
         settings = self._choose_ports(settings, plan)
         stack = plan(settings)
-        services.write_simulator_config(folders, key, self._common)
+        services.write_simulator_config(folders, key, self._common, chaos=self._chaos)
         self._write_addresses(settings)  # Pods that come back with the simulator read them at once.
         # In this order because each waits for another part: what is slow boots while the next is prepared.
         simulator = self._begin(stack.simulator)
@@ -92,6 +114,7 @@ class _Start:
         applied = databases.prepare_ledger(where, settings)
         self._progress(f"Ledger ready ({len(applied)} migrations applied)" if applied else "Ledger ready")
         self._finish(stack.simulator, simulator)
+        self._set_chaos(stack.simulator, settings)
         self._finish(stack.prefect, prefect)
         self._start_worker(stack.worker, settings, registration)
         return settings
@@ -133,6 +156,21 @@ class _Start:
             return
         processes.await_healthy(service, process, self._folders)
         self._progress(f"{_sentence(service.title)} started ({service.address})")
+
+    def _set_chaos(self, simulator: Service, settings: Settings) -> None:
+        """One that was running has read its configuration long ago; told now, it need not start again."""
+        if simulator.name not in self._started:
+            url = f"http://{ports.HOST}:{settings.simulator_port}/_sim/chaos"
+            token = (self._folders.simulator / "control_token").read_text(encoding="utf-8")
+            answer = health.ask(url, headers={"X-Sim-Token": token}, payload=dict(self._chaos))
+            if answer is None or answer.status != 204:
+                raise StackError(
+                    f"The simulated RunPod at {url!r} did not take the chaos ({answer}). "
+                    "Call `ow down`, then `ow up` again."
+                )
+        if self._chaos:
+            shares = ", ".join(f"{name}={share:g}" for name, share in self._chaos.items())
+            self._progress(f"Chaos in the simulated RunPod: {shares}")
 
     def _start_postgres(self, where: Databases) -> None:
         if not where.is_embedded:

@@ -9,7 +9,12 @@ from uuid import UUID
 from openweights_prefect.errors import InvalidParameterError
 from openweights_prefect.jobs.fine_tuning.params import FineTuningParams
 from openweights_prefect.jobs.options import Options, validated
-from openweights_prefect.jobs.request import FINE_TUNING, custom_request, fine_tuning_request
+from openweights_prefect.jobs.request import (
+    FINE_TUNING,
+    check_satisfiable,
+    custom_request,
+    fine_tuning_request,
+)
 from openweights_prefect.settings import Settings
 
 DEPLOYMENTS = {FINE_TUNING: "fine-tuning/fine-tuning"}
@@ -67,7 +72,7 @@ def variables_of(row: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
         "requires_vram_gb": row["requires_vram_gb"],
         "allowed_hardware": row["allowed_hardware"],
         "max_price_per_hour": row["max_price_per_hour"],
-        **{name: row.get(name) for name in _HOST},
+        **{name: row[name] or None for name in _HOST},
         "priority": row["priority"],
     }
     return {name: value for name, value in wishes.items() if value is not None}
@@ -84,6 +89,7 @@ def _flow_row(
     flow_run_id: UUID, deployment: str | None, options: Options, settings: Settings
 ) -> dict[str, Any]:
     """A flow of the user's own is a job that runs once: its id is its flow run's."""
+    check_satisfiable(options, requires_vram_gb=options.requires_vram_gb or 0)
     return {
         "id": f"flow-{flow_run_id}",
         "type": "flow",
@@ -92,7 +98,10 @@ def _flow_row(
         "requires_vram_gb": options.requires_vram_gb or 0,
         "allowed_hardware": options.allowed_hardware,
         "max_price_per_hour": options.max_price_per_hour,
-        **{name: getattr(options, name) for name in _HOST},
+        "cloud": options.cloud,
+        "min_cuda": options.min_cuda,
+        "min_vcpu": options.min_vcpu,
+        "min_ram_gb": options.min_ram_gb,
         "priority": options.priority,
         "timeout_seconds": options.timeout,
         "secrets": options.secrets,

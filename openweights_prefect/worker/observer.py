@@ -25,6 +25,7 @@ from openweights_prefect.ledger.protocol import Ledger, Row, ask, ask_one
 from openweights_prefect.orchestration.flow_runs import FlowRuns, attempt_named_by, cached_state
 from openweights_prefect.provisioning.placement import Plan, Pod, WaitingRun, place
 from openweights_prefect.settings import Settings
+from openweights_prefect.types.hardware import Needs
 from openweights_prefect.worker.adoption import deployment_of, job_of_flow_run, parameters_of, variables_of
 from openweights_prefect.worker.configuration import job_variables_of
 from openweights_prefect.worker.fleet import Fleet
@@ -88,6 +89,7 @@ class Observer:
         snapshot = await self._look(max_age_seconds=0)
         rows = snapshot["waiting"]
         self._purchases.learn(snapshot["refusals"])
+        await self._set_ceilings(rows)
         room = max(0, _MOST_RELEASED - snapshot["released"])
         await self._create_flow_runs([row for row in rows if row["run_id"] is None][:room])
         buying |= {*self._buying}
@@ -100,6 +102,20 @@ class Observer:
             paused=self._purchases.paused,
         )
         await self._carry_out(plan, {row["job_id"]: row["pending_reason"] for row in rows})
+
+    async def _set_ceilings(self, rows: Sequence[Row]) -> None:
+        """Say which warm pods are worth taking, because pods look for work themselves, too."""
+        known: dict[str, float | None] = {}
+        changed: dict[str, float | None] = {}
+        for row in rows:
+            if row["needs_class"] not in known:
+                known[row["needs_class"]] = self._purchases.ceiling(Needs.from_row(row))
+            ceiling = known[row["needs_class"]]
+            if row["run_id"] is not None and row["ceiling_per_hour"] != ceiling:
+                changed[row["run_id"]] = ceiling
+            row["ceiling_per_hour"] = ceiling
+        if changed:
+            await ask(self._ledger, "set_ceilings", ceilings=changed)
 
     async def agree_once(self) -> None:
         """One pass: canceled flow runs, and Prefect's view of what ended."""
@@ -256,6 +272,7 @@ class Observer:
                     for_job=row["job_id"],
                     for_attempt=row["attempt"],
                     flow_run=flow_run_id,
+                    ceiling=row["ceiling_per_hour"],
                 )
                 if answer["outcome"] == "recorded":
                     row["run_id"] = str(flow_run_id)

@@ -28,6 +28,7 @@ from openweights_prefect.provisioning.provider import (
     Unauthorized,
 )
 from openweights_prefect.settings import Settings
+from openweights_prefect.types.hardware import Needs
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +90,18 @@ class Purchases:
             for subject in self._refused
             if subject.startswith("host:") and self._refusal(subject)
         }
+
+    def ceiling(self, needs: Needs) -> float | None:
+        """What a warm pod may cost to be worth taking; None when nothing cheaper could be bought instead."""
+        if self.paused is not None:
+            return None
+        offers = choose_offers(self._offers, needs)
+        prices = [
+            offer.price_per_hour
+            for offer in offers
+            if offer.availability != "NONE" and self._refusal(offer.key) is None
+        ]
+        return round(min(prices) * self._settings.warm_price_factor, 6) if prices else None
 
     async def buy(self, run: WaitingRun) -> str | None:
         """Buy a pod that fits the run, trying offers in order. Returns why there is none, or None."""

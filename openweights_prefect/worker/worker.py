@@ -51,9 +51,9 @@ class RunPodWorker(BaseWorker[RunPodJobConfiguration, RunPodVariables, RunPodWor
         super().__init__(*args, **kwargs)
         if self._work_queues:
             raise ConfigurationError(
-                f"A worker of type 'runpod' serves all queues of its pool, which share its warm pods, not only "
-                f"{sorted(self._work_queues)}. Start it without `--work-queue`; to hold a queue back, pause it "
-                "(`prefect work-queue pause`)."
+                f"--work-queue {sorted(self._work_queues)} is not for a worker of type 'runpod': it serves "
+                "all queues of its pool, which share the warm pods. Start it without; to hold a queue back, "
+                "pause it (`prefect work-queue pause`)."
             )
         self._has_queues = False
         self._observer: Observer | None = None
@@ -78,11 +78,12 @@ class RunPodWorker(BaseWorker[RunPodJobConfiguration, RunPodVariables, RunPodWor
         self._resources.callback(ledger.close)
         if settings.api_key:
             settings = await asyncio.to_thread(_settings_of_token, settings, ledger)
+        settings = replace(settings, work_pool=self._work_pool_name)
         if self._limit is not None:
             settings = replace(settings, max_workers=min(settings.max_workers, self._limit))
         flow_runs = await self._resources.enter_async_context(FlowRuns.connect(settings))
         events = PodEvents(
-            flow_runs.client, work_pool=self._work_pool_name, organization_id=settings.organization_id
+            flow_runs.client, work_pool=settings.work_pool, organization_id=settings.organization_id
         )
         self._resources.push_async_callback(events.close)
         provider = RunPodClient(base_url=settings.runpod_api_url, api_key=settings.runpod_api_key)
@@ -94,8 +95,16 @@ class RunPodWorker(BaseWorker[RunPodJobConfiguration, RunPodVariables, RunPodWor
             ledger=ledger, flow_runs=flow_runs, purchases=purchases, fleet=fleet, settings=settings
         )
         assert self._runs_task_group is not None
-        self._runs_task_group.start_soon(_check_contract, provider)
+        self._runs_task_group.start_soon(self._check_contract, provider)
         self._runs_task_group.start_soon(self._observer.run)
+
+    async def _check_contract(self, provider: RunPodClient) -> None:
+        """Say at the start what RunPod has changed, rather than when a pod is to be bought or ended."""
+        contract = await check_contract(provider)
+        for problem in contract.problems:
+            self._logger.warning("%s", problem)
+        if not contract.problems:
+            self._logger.info("RunPod's description of its API agrees with what is sent to it.")
 
     async def teardown(self, *exc_info: Any) -> None:
         """Stop the observer. Pods and runs go on: the next worker finds them."""
@@ -152,15 +161,6 @@ def _settings_of_token(settings: Settings, ledger: Ledger) -> Settings:
             f"{role!r}. An admin makes one with `ow token create NAME --role worker`."
         )
     return replace(settings, organization_id=organization_id)
-
-
-async def _check_contract(provider: RunPodClient) -> None:
-    """Say at the start what RunPod has changed, rather than when a pod is to be bought or ended."""
-    contract = await check_contract(provider)
-    for problem in contract.problems:
-        logger.warning("%s", problem)
-    if not contract.problems:
-        logger.info("RunPod's description of its API agrees with what is sent to it.")
 
 
 def _now() -> Any:

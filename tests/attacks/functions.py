@@ -126,6 +126,7 @@ FUNCTIONS: dict[str, Function] = {
     "request_shutdown": Function("pw", lambda i: {"for_worker": i["pod-1"]}, writes=True),
     "restart_job": Function("pw", lambda i: {"job_id": i["done"]}, writes=True),
     "revoke_token": Function("p", lambda i: {"token_id": i["token user"]}, writes=True),
+    "set_ceilings": Function("w", lambda i: {"ceilings": {str(i["waiting_run"]): 1.5}}, writes=True),
     "set_budget": Function("a", lambda i: {"limit_usd": 1}, writes=True),
     "set_member_role": Function("a", lambda i: {"member": COLLEAGUE, "new_role": "admin"}, writes=True),
     "set_pending_reasons": Function("w", lambda i: {"reasons": {i["wait"]: "x"}}, writes=True),

@@ -167,6 +167,20 @@ def test_what_fits(ledger: Callers, wish: dict[str, Any], fits: bool) -> None:
     assert opened["outcome"] == ("opened" if fits else "refused")
 
 
+def test_a_pod_takes_by_itself_no_run_that_it_is_too_dear_for(ledger: Callers) -> None:
+    """Until somebody says that nothing cheaper is to be had."""
+    submit(ledger, "probe-1")
+    run = uuid.uuid4()
+    ledger.call("record_flow_run", for_job="probe-1", for_attempt=1, flow_run=run, ceiling=0.49)
+    assert snapshot(ledger)["waiting"][0]["ceiling_per_hour"] == 0.49
+    buy(ledger)
+    process = boot(ledger)
+    arguments = {"for_worker": "pod-1", "as_boot": process, "lease_seconds": 60, "models": []}
+    assert ledger.call("renew_lease", **arguments)[0]["next_run"] is None
+    ledger.call("set_ceilings", ceilings={str(run): None})
+    assert ledger.call("renew_lease", **arguments)[0]["next_run"] == str(run)
+
+
 def test_the_machine_replaces_what_was_asked_for(ledger: Callers) -> None:
     """What the provider tells of the machine counts from then on."""
     buy(ledger, cuda="12.8")

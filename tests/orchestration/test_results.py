@@ -8,7 +8,6 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
-from uuid import uuid4
 
 import pytest
 from prefect import Flow, flow, task
@@ -24,10 +23,11 @@ from openweights_prefect.orchestration.results import (
     AgentResultStorage,
     keep_results_in_store,
 )
-from openweights_prefect.pod.execution import Execution
+from openweights_prefect.pod.answers import Answers
 from openweights_prefect.pod.library import Library
 from openweights_prefect.pod.server import serve
 from openweights_prefect.runtime import wire
+from openweights_prefect.runtime.entrypoint import RunFolder
 
 ORGANIZATION = "00000000-0000-0000-0000-000000000001"
 
@@ -46,19 +46,16 @@ class Pod:
 
     async def _serve(self) -> asyncio.Server:
         nothing = cast(Any, None)
-        execution = Execution(
-            run_id=uuid4(),
-            worker_id="pod",
-            boot=uuid4(),
-            ledger=nothing,
+        answers = Answers(
+            job={},
+            folder=RunFolder(self._folder),
             library=self._library,
-            flow_runs=nothing,
-            nursery=nothing,
-            keyring=nothing,
-            root=self._folder,
+            ledger=nothing,
+            shipper=nothing,
+            ending=nothing,
+            finish=nothing,
         )
-        execution._sockets.rmdir()
-        return await serve(self.socket, execution._flow_calls())
+        return await serve(self.socket, answers.for_flow())
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._server.close)

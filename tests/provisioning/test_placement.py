@@ -95,6 +95,15 @@ def test_at_the_limit_a_pod_that_nothing_can_use_makes_room() -> None:
     assert useful.retire == []
 
 
+def test_a_warm_pod_that_costs_too_much_is_not_taken() -> None:
+    """A cheaper one is bought, and at the limit the dear one makes room for it."""
+    dear = [pod("dear", price_per_hour=9)]
+    cheap_job = run("1", ceiling_per_hour=2.0)
+    assert bought(plan([cheap_job], dear)) == ["1"]
+    assert plan([cheap_job], dear, 1).retire == ["dear"]
+    assert plan([cheap_job, run("2")], dear, 1).hints == {"run of 2": "dear"}
+
+
 def test_while_purchases_are_paused_idle_pods_go_on_working() -> None:
     decided = plan([run("1"), run("2")], [pod("idle")], paused="no funds")
     assert decided.hints == {"run of 1": "idle"}

@@ -92,7 +92,7 @@ def test_a_bad_create_is_refused_in_the_recorded_words(
 def test_unknown_paths_and_methods_are_refused(http: httpx.Client) -> None:
     """404 for a path, 405 with `Allow` for a method, 400 for a body that is not JSON."""
     assert _detail(http.get("/serverless")) == (404, "resource not found")
-    assert http.patch("/pods/abc", json={}).headers["allow"] == "GET, DELETE"
+    assert http.put("/pods/abc", json={}).headers["allow"] == "GET, PATCH, DELETE"
     assert _detail(http.get("/pods/abc")) == (404, "pod not found")
     assert _detail(http.post("/pods", content=b"{")) == (400, "invalid JSON body")
     assert http.get("/pods", headers={"User-Agent": "Python-urllib/3.12"}).text == "error code: 1010"

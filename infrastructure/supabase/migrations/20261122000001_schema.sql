@@ -233,6 +233,7 @@ create table ledger.runs (
     boot uuid,                                    -- the lease under which it runs
     hinted_worker_id text,
     hinted_at timestamptz,
+    ceiling_per_hour numeric,                     -- a warm pod that is dearer is not worth it
     next_sequence bigint not null default 0,      -- events stored so far
     log_bytes bigint not null default 0,          -- log stored so far
     logged_at timestamptz,                        -- when events or log were stored last

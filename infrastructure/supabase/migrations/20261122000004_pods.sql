@@ -203,6 +203,7 @@ begin
                 left join private.busy_users(org) as busy on busy.owner is not distinct from j.created_by
                 where r.organization_id = org and r.status = 'pending' and j.status = 'pending'
                   and (r.hinted_worker_id is null or r.hinted_at < now() - interval '10 seconds')
+                  and (r.ceiling_per_hour is null or pod.price_per_hour <= r.ceiling_per_hour)
                   and private.fits(j, pod)
                 order by j.priority desc, coalesce(busy.pods, 0), j.created_at
                 limit 1

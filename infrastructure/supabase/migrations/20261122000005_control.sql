@@ -39,7 +39,7 @@ begin
         select c.place, c.needs_class, j.id as job_id, r.id as run_id, j.attempt, j.type, j.model, j.params, j.mounts,
                j.entrypoint, j.docker_image, j.requires_vram_gb, j.allowed_hardware, j.max_price_per_hour, j.cloud,
                j.min_cuda, j.min_vcpu, j.min_ram_gb, j.priority, j.created_by as owner, j.created_at, j.pending_reason,
-               r.hinted_worker_id, extract(epoch from now() - r.hinted_at) as hinted_seconds_ago
+               r.hinted_worker_id, extract(epoch from now() - r.hinted_at) as hinted_seconds_ago, r.ceiling_per_hour
         from chosen c
         join ledger.jobs j on j.organization_id = org and j.id = c.job_id
         left join ledger.runs r on r.organization_id = org and r.job_id = j.id and r.attempt = j.attempt),
@@ -71,7 +71,8 @@ end
 $$;
 
 -- Ties a flow run to the attempt that it is for.
-create function public.record_flow_run(for_job text, for_attempt int, flow_run uuid) returns setof jsonb
+create function public.record_flow_run(for_job text, for_attempt int, flow_run uuid, ceiling double precision default null)
+returns setof jsonb
 language plpgsql
 set search_path = ''
 as $$
@@ -80,8 +81,8 @@ declare
 begin
     select * into held from ledger.jobs j where j.id = for_job for update;
     if held.status = 'pending' and held.attempt = for_attempt then
-        insert into ledger.runs (id, organization_id, job_id, attempt, token_id)
-        values (flow_run, held.organization_id, for_job, for_attempt, held.token_id)
+        insert into ledger.runs (id, organization_id, job_id, attempt, token_id, ceiling_per_hour)
+        values (flow_run, held.organization_id, for_job, for_attempt, held.token_id, ceiling)
         on conflict do nothing;
     end if;
     return query select jsonb_build_object('outcome', case when exists (
@@ -130,6 +131,19 @@ begin
     where r.id = h.key::uuid and r.status = 'pending';
     perform private.notify('ow_pod', h.value) from jsonb_each_text(hints) as h;
     return query select jsonb_build_object('outcome', 'hinted');
+end
+$$;
+
+-- What a warm pod may cost at most to be worth taking, by run id; null: whatever it costs.
+create function public.set_ceilings(ceilings jsonb) returns setof jsonb
+language plpgsql
+set search_path = ''
+as $$
+begin
+    update ledger.runs r set ceiling_per_hour = c.value::numeric
+    from jsonb_each_text(ceilings) as c
+    where r.id = c.key::uuid and r.status = 'pending';
+    return query select jsonb_build_object('outcome', 'set');
 end
 $$;
 

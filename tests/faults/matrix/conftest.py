@@ -1,0 +1,111 @@
+"""What the rows of the fault matrix share: a simulator, a control plane on it, and what must hold after each."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import AsyncIterator, Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from control_plane import EXITS, IMAGE, ControlPlane
+
+from openweights_prefect.ledger import migrator
+from openweights_prefect.ledger.embedded import EmbeddedPostgres
+from openweights_prefect.settings import LOCAL_ORGANIZATION_ID
+from openweights_prefect.simulator.server import SimulatorServer
+from openweights_prefect.stack.databases import create_organization
+from openweights_prefect.worker import observer
+from tests.callers import Callers
+
+_TABLES = "worker, jobs, runs, files, budgets, catalogues, refusals, reservations, pod_intervals"
+_failed = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Remember how the scenario itself went."""
+    report = yield
+    if report.when == "call":
+        item.stash[_failed] = not report.passed
+    return report
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def runpod() -> Iterator[SimulatorServer]:
+    """One simulated RunPod for all provider rows; each row looks only at what came after its beginning."""
+    images = {IMAGE: {"entrypoint": ["sleep", "600"]}, EXITS: {"entrypoint": ["false"]}}
+    config = {"rate_limits": {}, "images": images, "balance": 1e6, "spend_limit_per_hour": 1e6}
+    with SimulatorServer(config=config, profile="instant") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def database(postgres: EmbeddedPostgres) -> Iterator[str]:
+    """One ledger for all provider rows, as its owner sees it."""
+    name = f"matrix_{os.getpid()}"
+    migrator.ensure_database(postgres.url(database="postgres"), name)
+    migrator.migrate(postgres.url(database=name))
+    create_organization(postgres.url(database=name, user="authenticator"), LOCAL_ORGANIZATION_ID)
+    yield postgres.url(database=name)
+    with psycopg.connect(postgres.url(database="postgres"), autocommit=True) as connection:
+        connection.execute(f"drop database {name} with (force)")
+
+
+@pytest.fixture
+def ledger(database: str) -> Iterator[Callers]:
+    """That ledger, emptied."""
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute("set search_path = ledger")
+        connection.execute(f"truncate {_TABLES} cascade")
+    callers = Callers(database.replace("postgres@", "authenticator@"))
+    yield callers
+    callers.close()
+
+
+@pytest.fixture
+def settings() -> dict[str, Any]:
+    """Settings of the control plane; a test may parametrize it."""
+    return {}
+
+
+@pytest.fixture
+async def plane(
+    ledger: Callers,
+    runpod: SimulatorServer,
+    settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> AsyncIterator[ControlPlane]:
+    """The control plane of one row. Afterwards all pods are ended, and what must hold after every row holds."""
+    monkeypatch.setattr(observer, "_PASS_SECONDS", 0.05)
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    handler = logging.FileHandler(logs / "worker.log", encoding="utf-8")
+    root = logging.getLogger()
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    plane = ControlPlane(ledger, runpod, tmp_path, settings)
+    try:
+        yield plane
+        if request.node.stash.get(_failed, True):
+            await plane.clear()
+        else:
+            await plane.wind_down()
+            plane.check(logs)
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+        handler.close()
+        await plane.close()

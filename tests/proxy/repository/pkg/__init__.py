@@ -1,0 +1,1 @@
+"""A user's package in a subfolder of a repository."""
