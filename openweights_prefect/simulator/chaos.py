@@ -39,8 +39,8 @@ def checked(chaos: Mapping[str, object]) -> dict[str, float]:
     return probabilities
 
 
-def set_chaos(faults: Faults, chaos: Mapping[str, float]) -> None:
-    """Put these in place of the chaos so far; other rules stay.
+def set_chaos(faults: Faults, chaos: Mapping[str, float]) -> set[str]:
+    """Put these in place of the chaos so far, and return the ids of the rules; other rules stay.
 
     A fault of requests falls at each one with its probability; one of pods strikes that share of the pods.
     """
@@ -54,6 +54,7 @@ def set_chaos(faults: Faults, chaos: Mapping[str, float]) -> None:
         if FAULTS[name].stage in POD_STAGES:
             new["params"] = {"after_s": SPAN_SECONDS}
         faults.add(new)
+    return {PREFIX + name for name in chaos}
 
 
 def _parts(text: str) -> list[str]:

@@ -89,8 +89,7 @@ class Control:
             case "DELETE", ["faults", *rest]:
                 self._faults.remove(rest[0] if rest else None)
             case "POST", ["chaos"]:
-                chaos.set_chaos(self._faults, chaos.checked(body))
-                self._fleet.accidents.offer()
+                self._fleet.accidents.offer(chaos.set_chaos(self._faults, chaos.checked(body)))
             case "POST", ["clock", "advance"]:
                 await self._clock.advance(float(body["seconds"]))
                 self._accounts.check_balances()
@@ -141,7 +140,7 @@ class Control:
     def _add_fault(self, document: dict[str, Any]) -> Response:
         rule = self._faults.add(document)
         if rule.stage in POD_STAGES:
-            self._fleet.accidents.offer()
+            self._fleet.accidents.offer({rule.id})
         return JSONResponse(dataclasses.asdict(rule), status_code=201)
 
     async def _break(self, pod_id: str, how: str, body: dict[str, Any]) -> Response:

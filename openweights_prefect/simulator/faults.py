@@ -166,15 +166,21 @@ class Faults:
         """The rules, including those that have struck out."""
         return [*self._rules.values()]
 
-    def take(self, stage: Stage, facts: Mapping[str, str], *, among: Container[str] = FAULTS) -> Rule | None:
-        """The rule that strikes now, counted as struck; None if all goes well."""
+    def take(
+        self,
+        stage: Stage,
+        facts: Mapping[str, str],
+        *,
+        among: Container[str] = FAULTS,
+        new: Container[str] | None = None,
+    ) -> Rule | None:
+        """The rule that strikes now, counted as struck; None if all goes well.
+
+        Only faults `among` these count, and of the rules only those with an id in `new`, if it is given.
+        """
         for rule in self._rules.values():
-            if (
-                rule.stage == stage
-                and rule.name in among
-                and rule.matches(facts)
-                and self._falls(rule, facts)
-            ):
+            asked = rule.stage == stage and rule.name in among and (new is None or rule.id in new)
+            if asked and rule.matches(facts) and self._falls(rule, facts):
                 rule.struck += 1
                 return rule
         return None

@@ -39,7 +39,7 @@ _AGREE_SECONDS = 1.5
 _RECONCILE_SECONDS = 5.0
 _PUBLISH_SECONDS = 60.0
 _SNAPSHOT_SECONDS = 1.0
-_SILENT_SECONDS = 10.0
+_SILENT_HEARTBEATS = 2
 _MOST_RELEASED = 180
 _EXPIRE_SECONDS = 3600.0
 _EXPIRE_ROWS = 10_000
@@ -151,12 +151,13 @@ class Observer:
         run out, and the pods only need a moment to renew them.
         """
         now = _now()
+        patience = _SILENT_HEARTBEATS * self._settings.heartbeat_seconds
         self._silent_since = {
             pod.id: self._silent_since.get(pod.id, now)
             for pod in pods
             if pod.silent_seconds is not None and pod.silent_seconds > 0
         }
-        return [pod for pod, since in self._silent_since.items() if now - since >= _SILENT_SECONDS]
+        return [pod for pod, since in self._silent_since.items() if now - since >= patience]
 
     async def _look(self, *, max_age_seconds: float = _SNAPSHOT_SECONDS) -> Row:
         """The ledger's snapshot; the passes that can do with a slightly older one share it."""

@@ -117,6 +117,12 @@ class Stack:
         with psycopg.connect(url, autocommit=True) as connection:
             connection.execute(statement, values)
 
+    def select(self, query: str, *values: Any) -> list[Any]:
+        """What a query gives, as the owner of the ledger's database."""
+        url = embedded.EmbeddedPostgres(self.home / "postgres").url()
+        with psycopg.connect(url, autocommit=True) as connection:
+            return connection.execute(query, values).fetchall()
+
     def state_of(self, flow_run_id: str) -> str:
         """Type of a flow run's state."""
         with self.prefect() as client:

@@ -295,7 +295,7 @@ def test_a_run_that_logs_keeps_its_pod(ledger: Callers, sql: Sql) -> None:
     run = flow_run_for(ledger, "probe-1")
     ledger.call("open_run", for_run=run, for_worker="pod-1", as_boot=process)
     ledger.call("append_log", for_run=run, as_boot=process, from_offset=0, to_offset=2, piece="x\n")
-    sql("update ledger.worker set lease_expires_at = now() - interval '30 seconds'")
+    sql("update ledger.worker set lease_expires_at = now() - interval '30 seconds', lease_seconds = 60")
     assert ledger.call("expire_leases") == []
     assert snapshot(ledger)["pods"][0]["silent_seconds"] < 0
     sql("update ledger.runs set logged_at = now() - interval '65 seconds'")

@@ -96,8 +96,10 @@ def test_queues_of_other_names_count_by_their_place(prefect_server: PrefectServe
         flow_runs, found = FlowRuns(client), {}
         for queue in ("high", None, "low", "urgent", "nightly"):
             deployment = await deploy(client, "places", queue)
-            flow_run = await client.create_flow_run_from_deployment(deployment)
-            found[queue] = (await flow_runs.deployment_of(flow_run))[1].get("priority")
+            await client.create_flow_run_from_deployment(deployment)
+        for polled in await client.get_scheduled_flow_runs_for_work_pool("places"):  # As a worker sees them.
+            shown = (await client.read_flow_run(polled.flow_run.id)).work_queue_name
+            found[shown] = (await flow_runs.deployment_of(polled.flow_run))[1].get("priority")
         deployment = await deploy(client, "places", "high", {"priority": 3})
         flow_run = await client.create_flow_run_from_deployment(deployment)
         found["own"] = (await flow_runs.deployment_of(flow_run))[1]["priority"]
@@ -106,7 +108,7 @@ def test_queues_of_other_names_count_by_their_place(prefect_server: PrefectServe
         return found
 
     assert on(prefect_server, ask) == {
-        "high": 10, None: None, "low": -10, "urgent": 10, "nightly": -10, "own": 3,
+        "high": 10, "default": None, "low": -10, "urgent": 10, "nightly": -10, "own": 3,
     }  # fmt: skip
 
 

@@ -20,6 +20,10 @@ WAKING = {"submit_job", "cancel_job", "restart_job", "register_pod", "finish_run
           "expire_leases", "abandon_run", "reject_pod", "fail_job"}  # fmt: skip
 
 
+class NotModelled(AssertionError):
+    """The real ledger has learned something that its model has not."""
+
+
 @dataclass(frozen=True)
 class Speaker:
     """Who calls: a person by name, the control plane, or a pod with the secret of its session."""
@@ -54,8 +58,13 @@ class ModelLedger:
 
     def call(self, speaker: Speaker, function: str, arguments: Row) -> list[Row]:
         """What the SQL function of that name answers this speaker."""
-        transition: Callable[..., list[Row]] = getattr(self, "do_" + function)
-        answer = transition(speaker, **arguments)
+        transition: Callable[..., list[Row]] | None = getattr(self, "do_" + function, None)
+        if transition is None:
+            raise NotModelled(f"the model of the ledger knows no `{function}`")
+        try:
+            answer = transition(speaker, **arguments)
+        except TypeError as exc:
+            raise NotModelled(f"the model's `{function}` does not take {sorted(arguments)}: {exc}") from exc
         self._wake(function, arguments)
         return answer
 
@@ -166,12 +175,14 @@ class ModelLedger:
             "unmirrored": self._shown_unmirrored(),
         }]  # fmt: skip
 
-    def do_record_flow_run(self, _: Speaker, for_job: str, for_attempt: int, flow_run: UUID) -> list[Row]:
+    def do_record_flow_run(
+        self, _: Speaker, for_job: str, for_attempt: int, flow_run: UUID, ceiling: float | None = None
+    ) -> list[Row]:
         held, name = self.jobs.get(for_job), str(flow_run)
         wanted = held is not None and held.status == "pending" and held.attempt == for_attempt
         if held is not None and wanted and (for_job, for_attempt) not in self.attempts and name not in self.runs:
             self._numbers += 1
-            run = Run(name, held, for_attempt, self.clock(), self._numbers)
+            run = Run(name, held, for_attempt, self.clock(), self._numbers, ceiling=ceiling)
             self.runs[name] = self._unmirrored[name] = self.attempts[for_job, for_attempt] = run
         known = self.runs.get(name)
         recorded = known is not None and (known.job.id, known.attempt) == (for_job, for_attempt)
@@ -183,6 +194,12 @@ class ModelLedger:
             if run is not None and run.status == "pending":
                 run.hinted, run.hinted_at = worker_id, self.clock()
         return [{"outcome": "hinted"}]
+
+    def do_set_ceilings(self, _: Speaker, ceilings: dict[str, float | None]) -> list[Row]:
+        for run_id, ceiling in ceilings.items():
+            if run_id in self.runs and self.runs[run_id].status == "pending":
+                self.runs[run_id].ceiling = ceiling
+        return [{"outcome": "set"}]
 
     def do_set_pending_reasons(self, _: Speaker, reasons: dict[str, str]) -> list[Row]:
         for job_id, why in reasons.items():
@@ -610,7 +627,8 @@ class ModelLedger:
         if pointed:
             return min(pointed, key=lambda run: run.hinted_at or 0.0).id
         old = self.clock() - HINT_SECONDS
-        free = [run for run in waiting if run.hinted is None or (run.hinted_at or 0.0) < old]
+        free = [run for run in waiting if (run.hinted is None or (run.hinted_at or 0.0) < old)
+                and (run.ceiling is None or pod.price_per_hour <= run.ceiling)]  # fmt: skip
         if not free:
             return None
         run = min(free, key=lambda run: (-run.job.priority, run.job.created_at, run.job.number))
@@ -681,6 +699,7 @@ class ModelLedger:
             "cloud": job.cloud, "min_cuda": job.min_cuda, "min_vcpu": job.min_vcpu, "min_ram_gb": job.min_ram_gb,
             "priority": job.priority, "owner": job.created_by, "needs_class": job.needs_class,
             "created_at": job.created_at, "pending_reason": job.pending_reason,
+            "ceiling_per_hour": run.ceiling if run else None,
             "hinted_worker_id": run.hinted if run else None,
             "hinted_seconds_ago": None if hinted_at is None else self.clock() - hinted_at,
         }  # fmt: skip

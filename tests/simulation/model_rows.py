@@ -73,6 +73,7 @@ class Run:
     error: str | None = None
     mirrored: bool = False
     logged_at: float | None = None
+    ceiling: float | None = None
     started_at: float | None = None
     finished_at: float | None = None
     log_file: str | None = None

@@ -134,7 +134,7 @@ def _told(function: str, rows: list[Row]) -> object:
 def _seen(snapshot: Row) -> Row:
     """A snapshot as far as it can be compared: needs classes have other names, and seconds differ a little."""
     waiting = snapshot["waiting"]
-    names = ("job_id", "run_id", "attempt", "hinted_worker_id", "pending_reason", "owner")
+    names = ("job_id", "run_id", "attempt", "hinted_worker_id", "pending_reason", "owner", "ceiling_per_hour")
     pods = [
         {name: pod[name] for name in ("id", "status", "pod_id", "run_id", "host", "cuda", "reason", "shutdown_requested")}
         | {name: _rough(pod[name]) for name in ("age_seconds", "idle_seconds", "overdue_seconds", "silent_seconds")}
@@ -205,7 +205,8 @@ def create_flow_runs(both: Both) -> None:
     for job in both.model.waiting.values():
         if both.random.random() < 0.7:
             attempt = job.attempt - (both.random.random() < 0.1)
-            both.call(CONTROL, "record_flow_run", for_job=job.id, for_attempt=attempt, flow_run=_id(both))
+            both.call(CONTROL, "record_flow_run", for_job=job.id, for_attempt=attempt, flow_run=_id(both),
+                      ceiling=both.random.choice([None, None, 0.5]))  # fmt: skip
 
 
 def buy(both: Both) -> None:
@@ -275,7 +276,7 @@ def hint(both: Both) -> None:
 def judge(both: Both) -> None:
     alive = [*both.model.alive]
     what = both.random.choice(["lose_pod", "end_pod", "expire_leases", "fail_job", "note_refusal", "clear_refusal",
-                               "mark_mirrored", "known_pods", "record_duplicate", "set_pending_reasons"])  # fmt: skip
+                               "mark_mirrored", "known_pods", "record_duplicate", "set_pending_reasons", "set_ceilings"])  # fmt: skip
     name = both.random.choice([*both.model.pods, "pod-none"])
     jobs = [*both.model.jobs, "job-none"]
     arguments: dict[str, Callable[[], Row]] = {
@@ -288,6 +289,7 @@ def judge(both: Both) -> None:
         "mark_mirrored": lambda: {"run_ids": [uuid.UUID(run) for run in list(both.model.runs)[:3]]},
         "known_pods": lambda: {"worker_ids": ["pod-0", "pod-1", "pod-none"]},
         "record_duplicate": lambda: {"for_worker": name, "price": 0.4, "seconds": 20.0},
+        "set_ceilings": lambda: {"ceilings": {run: both.random.choice([None, 0.5, 2.0]) for run in both.model.runs}},
         "set_pending_reasons": lambda: {"reasons": {both.random.choice(jobs): both.random.choice(["x", "y"])}},
     }
     both.call(CONTROL, what, **arguments[what]())

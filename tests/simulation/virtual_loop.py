@@ -259,7 +259,8 @@ class VirtualLoop(asyncio.BaseEventLoop):
             self.caller = (process, since)
             try:
                 value = func(*args)
-            except AssertionError:
+            except AssertionError as exc:
+                self.fail(exc)
                 raise
             except Again as again:
                 self.call_at(self._now + again.seconds, arrive, context=own)
@@ -279,11 +280,15 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run to the end of `work`, then unwind whatever is left."""
         try:
-            return self.run_until_complete(work)
-        except RuntimeError:
-            if self.failure is None:
+            result = self.run_until_complete(work)
+        except BaseException as exc:
+            if self.failure is None or self.failure is exc:
                 raise
             raise self.failure from None
+        else:
+            if self.failure is not None:
+                raise self.failure
+            return result
         finally:
             self._unwind()
             self.close()

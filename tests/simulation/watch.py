@@ -59,6 +59,7 @@ class Watch:
         self.ledger: ModelLedger
         self.provider: ModelProvider
         self.max_workers = 0
+        self.stop: Callable[[BaseException], None] = lambda _: None
         self.bill_errors: list[float] = []
         self._created: set[str] = set()
         self._unable_after: dict[str, float] = {}
@@ -81,7 +82,9 @@ class Watch:
     def fail(self, what: str) -> None:
         """An invariant is broken."""
         self.note(f"VIOLATION {what}")
-        raise Violation(what)
+        violation = Violation(what)
+        self.stop(violation)  # whoever would catch it
+        raise violation
 
     def saw_call(self, speaker: Speaker, function: str, arguments: Row) -> None:
         """Somebody calls the ledger; what happens all the time is no news."""

@@ -128,6 +128,7 @@ class World:
         )
         self.people = People(self, self.random)
         self.watch.ledger, self.watch.provider = self.ledger, self.provider
+        self.watch.stop = self.loop.fail
         self.watch.max_workers = self.settings.max_workers
         self.watch.single_worker = self.worker_count == 1
         self.ledger_down = False

@@ -154,6 +154,7 @@ create table ledger.worker (
     proxy_hash text unique check (proxy_hash ~ '^[0-9a-f]{64}$'),  -- of what it shows to the proxy of the Prefect API
     boot uuid,
     boots int not null default 0,                 -- processes that have taken the lease
+    lease_seconds int not null default 0,
     lease_expires_at timestamptz,
     heartbeat_at timestamptz,
     run_id uuid,

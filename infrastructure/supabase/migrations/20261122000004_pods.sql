@@ -97,7 +97,8 @@ begin
             idle_since = case when w.boot = as_boot then w.idle_since else now() end,
             boots = w.boots + (w.boot is distinct from as_boot)::int, boot = as_boot,
             proxy_hash = coalesce(register_pod.proxy_hash, w.proxy_hash), heartbeat_at = now(), active_at = coalesce(w.active_at, now()), cached_models = models,
-            lease_expires_at = now() + make_interval(secs => least(lease_seconds, 3600))
+            lease_seconds = register_pod.lease_seconds,
+            lease_expires_at = now() + make_interval(secs => least(register_pod.lease_seconds, 3600))
         where w.id = for_worker and w.status = held.status and w.boot is not distinct from held.boot
           and w.run_id is not distinct from held.run_id;
         exit when found;
@@ -174,7 +175,8 @@ begin
     -- A heartbeat that is lost with the machine costs nothing: it does not wait for the disk.
     perform set_config('synchronous_commit', 'off', true);
     update ledger.worker w
-    set heartbeat_at = now(), lease_expires_at = now() + make_interval(secs => least(lease_seconds, 3600)), cached_models = models
+    set heartbeat_at = now(), lease_seconds = renew_lease.lease_seconds, cached_models = models,
+        lease_expires_at = now() + make_interval(secs => least(renew_lease.lease_seconds, 3600))
     where w.organization_id = org and w.id = for_worker and w.id = private.my_pod() and w.boot = as_boot
       and w.status in ('active', 'busy', 'draining')
     returning * into pod;

@@ -1,12 +1,12 @@
 -- What the control plane calls: flow runs for jobs, hints, the fleet, and the reconciler.
 
--- Until when a pod counts as alive: its lease, or for a minute what its run logged last.
+-- Until when a pod counts as alive: by its lease, or for as long again after what its run logged last.
 create function private.heard_until(pod ledger.worker) returns timestamptz
 language sql stable
 set search_path = ''
 as $$
     select greatest(pod.lease_expires_at,
-                    (select r.logged_at + interval '1 minute' from ledger.runs r where r.id = pod.run_id))
+                    (select r.logged_at + make_interval(secs => pod.lease_seconds) from ledger.runs r where r.id = pod.run_id))
 $$;
 
 -- A pod with its ages. It is silent when its lease ran out and its run has logged nothing for a while either.

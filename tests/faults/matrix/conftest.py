@@ -1,4 +1,4 @@
-"""What the rows of the fault matrix share: a simulator, a control plane on it, and what must hold after each."""
+"""What the rows of the fault matrix share: a control plane on a simulator, and what holds after each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 
 import psycopg
 import pytest
-from control_plane import EXITS, IMAGE, ControlPlane
+from control_plane import BILL_SECONDS, EXITS, IMAGE, MOST_ORPHAN_SECONDS, ControlPlane
+from local_stack import Stack
 
 from openweights_prefect.ledger import migrator
 from openweights_prefect.ledger.embedded import EmbeddedPostgres
@@ -87,7 +88,7 @@ async def plane(
     monkeypatch: pytest.MonkeyPatch,
     request: pytest.FixtureRequest,
 ) -> AsyncIterator[ControlPlane]:
-    """The control plane of one row. Afterwards all pods are ended, and what must hold after every row holds."""
+    """The control plane of one row. Afterwards all pods are ended, and what must hold after each holds."""
     monkeypatch.setattr(observer, "_PASS_SECONDS", 0.05)
     logs = tmp_path / "logs"
     logs.mkdir()
@@ -109,3 +110,35 @@ async def plane(
         root.setLevel(level)
         handler.close()
         await plane.close()
+
+
+@pytest.fixture
+def row(stack: Stack) -> Iterator[Stack]:
+    """The whole stack for one row. Afterwards nothing is broken, and what must hold after each holds."""
+    before, foreign = _sums(stack), stack.report()["alive_by_owner"]["foreign"]
+    yield stack
+    stack.simulator("DELETE", "faults")
+    stack.money_is_safe()
+    report = stack.report()
+    assert report["alive_by_owner"]["foreign"] == foreign
+    logs = [stack.home / "logs", *(stack.home / "simulator" / "pods").glob("*/container.log")]
+    assert stack.simulator("POST", "scan", paths=[str(path) for path in logs]) == {"leaks": []}
+    assert len(report["alive"]) <= stack.settings.max_workers
+    after = _sums(stack)
+    assert after["orphan seconds"] - before["orphan seconds"] <= MOST_ORPHAN_SECONDS
+    assert abs(after["too much on the bill"] - before["too much on the bill"]) <= after["tolerance"]
+    of_ended = (
+        "from ledger.reservations r join ledger.worker w on w.id = r.worker_id where w.status = 'terminated'"
+    )
+    assert stack.select(f"select r.worker_id {of_ended}") == []
+
+
+def _sums(stack: Stack) -> dict[str, float]:
+    ledger_usd = sum(float(row["total_usd"]) for row in stack.call("list_costs", group_by="worker"))
+    report = stack.report()
+    [(dearest,)] = stack.select("select coalesce(max(price_per_hour), 0) from ledger.worker")
+    return {
+        "orphan seconds": report["orphan_seconds"],
+        "too much on the bill": ledger_usd - report["cost_total"],
+        "tolerance": BILL_SECONDS * float(dearest) / 3600 * max(1, len(report["cost_by_pod"])),
+    }

