@@ -15,7 +15,9 @@ def prepare_environment(settings: Settings, environment: MutableMapping[str, str
     """
     if settings.prefect_proxy_url:
         environment["PREFECT_API_URL"] = settings.prefect_proxy_url
-        environment["PREFECT_API_KEY"] = proxy_token(session)
+        # Not as an API key, which Prefect does not show to the sockets that task runs are told through.
+        environment["PREFECT_API_AUTH_STRING"] = proxy_token(session)
+        environment.pop("PREFECT_API_KEY", None)
     defaults = {
         "PREFECT_API_URL": settings.prefect_api_url,
         "PREFECT_CLIENT_MAX_RETRIES": "20",

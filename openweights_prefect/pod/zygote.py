@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import logging
 import os
 import select
 import signal
@@ -139,6 +140,8 @@ def _execute(order: dict[str, Any], flow: Any) -> int:
         with handle_engine_signals(UUID(order["run"])):
             flow_run = FlowRun.model_validate(order["flow_run"])
             if flow is None:
+                for name in ("prefect.flow_runs", "prefect.task_runs"):
+                    logging.getLogger(name).setLevel(logging.INFO)  # Its author wants to see what he logs.
                 _take_secrets()
             if flow is not None:
                 # A run that names its deployment watches for its suspension (0.3 s), and one that names its

@@ -9,25 +9,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
 import httpx
-from prefect.client.schemas.objects import FlowRun, State
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Failed
 
-from openweights_prefect.errors import InvalidParameterError, OpenWeightsError
-from openweights_prefect.jobs.secrets import unknown_secrets
+from openweights_prefect.errors import OpenWeightsError
 from openweights_prefect.ledger.notifications import notifications
 from openweights_prefect.ledger.protocol import Ledger, Row, ask, ask_one
-from openweights_prefect.orchestration.flow_runs import FlowRuns, attempt_named_by, cached_state
+from openweights_prefect.orchestration.flow_runs import FlowRuns
+from openweights_prefect.orchestration.queues import PoolState
 from openweights_prefect.provisioning.placement import Plan, Pod, WaitingRun, place
 from openweights_prefect.settings import Settings
 from openweights_prefect.types.hardware import Needs
-from openweights_prefect.worker.adoption import deployment_of, job_of_flow_run, parameters_of, variables_of
-from openweights_prefect.worker.configuration import job_variables_of
+from openweights_prefect.worker.adoption import deployment_of, parameters_of, variables_of
 from openweights_prefect.worker.fleet import Fleet
 from openweights_prefect.worker.purchases import Purchases
 
@@ -38,6 +35,7 @@ _PASS_SECONDS = 2.0
 _AGREE_SECONDS = 1.5
 _RECONCILE_SECONDS = 5.0
 _PUBLISH_SECONDS = 60.0
+_POOL_SECONDS = 10.0
 _SNAPSHOT_SECONDS = 1.0
 _SILENT_HEARTBEATS = 2
 _MOST_RELEASED = 180
@@ -64,6 +62,7 @@ class Observer:
         self._purchases = purchases
         self._fleet = fleet
         self._settings = settings
+        self._pool = PoolState(paused=False, paused_queues=frozenset(), concurrency_limit=None)
         self._snapshot: Row = {}
         self._snapshot_at = float("-inf")
         self._silent_since: dict[str, float] = {}
@@ -80,6 +79,7 @@ class Observer:
             group.create_task(self._loop("agreement with Prefect", self.agree_once, _AGREE_SECONDS, None))
             group.create_task(self._loop("reconciliation", self.reconcile_once, _RECONCILE_SECONDS, None))
             group.create_task(self._loop("catalogue", self.publish_once, _PUBLISH_SECONDS, None))
+            group.create_task(self._loop("look at the pool", self.look_at_pool_once, _POOL_SECONDS, None))
             group.create_task(self._loop("retention", self.expire_once, _EXPIRE_SECONDS, None))
 
     async def place_once(self) -> None:
@@ -89,38 +89,68 @@ class Observer:
         snapshot = await self._look(max_age_seconds=0)
         rows = snapshot["waiting"]
         self._purchases.learn(snapshot["refusals"])
-        await self._set_ceilings(rows)
+        ceilings = self._ceilings(rows)
         room = max(0, _MOST_RELEASED - snapshot["released"])
-        await self._create_flow_runs([row for row in rows if row["run_id"] is None][:room])
+        await self._create_flow_runs([row for row in rows if row["run_id"] is None][:room], ceilings)
         buying |= {*self._buying}
+        held = await self._held_back(rows, snapshot["pods"])
+        await self._set_ceilings(rows, {**ceilings, **dict.fromkeys(held, 0.0)})
         plan = place(
-            [WaitingRun.from_row(row) for row in rows if row["job_id"] not in buying],
+            [WaitingRun.from_row(row) for row in rows if row["job_id"] not in {*buying, *held}],
             [Pod.from_row(row) for row in snapshot["pods"]],
             fitting=snapshot["fitting"],
             being_bought=self._purchases.under_way,
             max_workers=self._settings.max_workers,
             paused=self._purchases.paused,
         )
+        plan.reasons.update(held)
         await self._carry_out(plan, {row["job_id"]: row["pending_reason"] for row in rows})
 
-    async def _set_ceilings(self, rows: Sequence[Row]) -> None:
-        """Say which warm pods are worth taking, because pods look for work themselves, too."""
+    def _ceilings(self, rows: Sequence[Row]) -> dict[str, float | None]:
+        """By job: what a warm pod may cost to be worth taking."""
         known: dict[str, float | None] = {}
-        changed: dict[str, float | None] = {}
         for row in rows:
             if row["needs_class"] not in known:
                 known[row["needs_class"]] = self._purchases.ceiling(Needs.from_row(row))
-            ceiling = known[row["needs_class"]]
-            if row["run_id"] is not None and row["ceiling_per_hour"] != ceiling:
-                changed[row["run_id"]] = ceiling
-            row["ceiling_per_hour"] = ceiling
+        return {row["job_id"]: 0.0 if self._pool.paused else known[row["needs_class"]] for row in rows}
+
+    async def _set_ceilings(self, rows: Sequence[Row], ceilings: Mapping[str, float | None]) -> None:
+        """Tell the ledger too, because pods look for work themselves; a ceiling of 0 holds a run back."""
+        changed = {}
+        for row in rows:
+            if row["run_id"] is not None and row["ceiling_per_hour"] != ceilings[row["job_id"]]:
+                row["ceiling_per_hour"] = changed[row["run_id"]] = ceilings[row["job_id"]]
         if changed:
             await ask(self._ledger, "set_ceilings", ceilings=changed)
+
+    async def look_at_pool_once(self) -> None:
+        """One pass: whether somebody paused the pool or a queue of it, and its limit."""
+        self._pool = await self._flow_runs.pool_state(self._settings.work_pool)
+
+    async def _held_back(self, rows: Sequence[Row], pods: Sequence[Row]) -> dict[str, str]:
+        """Jobs that may not start as the pool is, and why."""
+        jobs = {UUID(row["run_id"]): row["job_id"] for row in rows if row["run_id"]}
+        held = {jobs[run]: why for run, why in (await self._flow_runs.held_back(self._pool, [*jobs])).items()}
+        if self._pool.concurrency_limit is not None:
+            room = max(0, self._pool.concurrency_limit - sum(pod["run_id"] is not None for pod in pods))
+            why = f"the work pool's concurrency limit of {self._pool.concurrency_limit} is reached"
+            free = [row["job_id"] for row in rows if row["job_id"] not in held]
+            held |= dict.fromkeys(free[room:], why)
+        return held
+
+    async def _undo_foreign_ends(self, running: Sequence[UUID]) -> None:
+        """Somebody ended a flow run in Prefect that runs: the ledger is right."""
+        if ended := await self._flow_runs.ended_among(running):
+            pods = (await self._look(max_age_seconds=0))["pods"]
+            alive = {UUID(pod["run_id"]) for pod in pods if pod["run_id"] and pod["silent_seconds"] <= 0}
+            for flow_run_id in alive.intersection(ended):
+                await self._flow_runs.restore(flow_run_id)
 
     async def agree_once(self) -> None:
         """One pass: canceled flow runs, and Prefect's view of what ended."""
         snapshot = await self._look()
         await self._heed_cancellations(snapshot)
+        await self._undo_foreign_ends([UUID(pod["run_id"]) for pod in snapshot["pods"] if pod["run_id"]])
         await self._mirror(snapshot["unmirrored"])
 
     async def reconcile_once(self) -> None:
@@ -175,84 +205,7 @@ class Observer:
             if answer["deleted"] < _EXPIRE_ROWS:
                 return
 
-    async def adopt(self, flow_runs: Sequence[FlowRun], base_template: dict[str, Any]) -> None:
-        """Take up scheduled flow runs that the ledger does not know; the next poll tries again what fails."""
-        known = await ask(self._ledger, "known_runs", flow_runs=[run.id for run in flow_runs])
-        runs = {row["run_id"]: row for row in known}
-        for flow_run in flow_runs:
-            run = runs.get(str(flow_run.id))
-            try:
-                if run is not None:
-                    await self._answer_retry(flow_run, run)
-                elif not await self._adopt_own(flow_run):
-                    await self._adopt(flow_run, base_template)
-            except _EXPECTED as exc:
-                logger.warning(
-                    "Flow run %s is not taken up yet: %s: %s", flow_run.id, type(exc).__name__, exc
-                )
-
-    async def cancel(self, flow_run_id: str) -> None:
-        """Cancel the job of a flow run; silent when there is none or it has ended."""
-        for row in await ask(self._ledger, "known_runs", flow_runs=[UUID(flow_run_id)]):
-            await ask_one(self._ledger, "cancel_job", job_id=row["job_id"])
-
-    async def _answer_retry(self, flow_run: FlowRun, run: Row) -> None:
-        """Somebody pressed Retry on a flow run that had ended: an attempt never runs twice, its job may."""
-        if not run["mirrored"]:
-            return  # it waits for its pod, or Prefect does not show its end yet
-        answer = await ask_one(self._ledger, "restart_job", job_id=run["job_id"])
-        if answer["outcome"] == "missing_files":
-            await self._flow_runs.answer(flow_run.id, _missing_state(answer["missing"]))
-        elif answer["job"]["status"] == "completed":
-            await self._flow_runs.answer(flow_run.id, cached_state(run["job_id"]))
-        else:
-            status = answer["job"]["status"]
-            reason = (
-                f"An attempt never runs twice. Job {run['job_id']} is {status}; start its deployment anew."
-            )
-            if answer["outcome"] == "reset":
-                reason = f"An attempt never runs twice: job {run['job_id']} goes on in another flow run."
-            await self._flow_runs.mirror(flow_run.id, status="canceled", reason=reason)
-
-    async def _adopt_own(self, flow_run: FlowRun) -> bool:
-        """A flow run of the outbox whose row could not be written: its key says which attempt it is."""
-        job_id, attempt = attempt_named_by(flow_run.idempotency_key)
-        if not job_id or not await ask(self._ledger, "get_job", job_id=job_id):
-            return False
-        answer = await ask_one(
-            self._ledger, "record_flow_run", for_job=job_id, for_attempt=attempt, flow_run=flow_run.id
-        )
-        if answer["outcome"] == "stale":
-            await self._flow_runs.mirror(flow_run.id, status="canceled", reason="It is not wanted any more.")
-        return True
-
-    async def _adopt(self, flow_run: FlowRun, base_template: dict[str, Any]) -> None:
-        deployment, own = await self._flow_runs.deployment_of(flow_run)
-        variables = job_variables_of({**own, **(flow_run.job_variables or {})}, base_template)
-        try:
-            job = job_of_flow_run(flow_run.id, deployment, flow_run.parameters, variables, self._settings)
-        except InvalidParameterError as exc:
-            await self._flow_runs.answer(flow_run.id, Failed(message=str(exc)))
-            return
-        created = flow_run.created.isoformat() if flow_run.created else None
-        answer = await ask_one(self._ledger, "adopt_flow_run", job=job, flow_run=flow_run.id, created=created)
-        match answer["outcome"]:
-            case "completed":
-                await self._flow_runs.answer(flow_run.id, cached_state(job["id"]))
-            case "missing_files":
-                await self._flow_runs.answer(flow_run.id, _missing_state(answer["missing"]))
-            case "missing_secrets":
-                reason = str(unknown_secrets(answer["missing"]))
-                await self._flow_runs.answer(flow_run.id, Failed(message=reason))
-            case "limit":
-                reason = "The token of the worker has used up its spending limit; an admin raises it."
-                await self._flow_runs.answer(flow_run.id, Failed(message=reason))
-            case "failed" | "canceled" as status:
-                await self._flow_runs.mirror(flow_run.id, status=status, reason=answer["job"]["error"])
-            case outcome:
-                logger.info("Flow run %s is %s as job %s", flow_run.id, outcome, job["id"])
-
-    async def _create_flow_runs(self, rows: list[Row]) -> None:
+    async def _create_flow_runs(self, rows: list[Row], ceilings: Mapping[str, float | None]) -> None:
         """Create the flow runs of the outbox and fill in their ids."""
 
         async def create(row: Row) -> None:
@@ -273,10 +226,11 @@ class Observer:
                     for_job=row["job_id"],
                     for_attempt=row["attempt"],
                     flow_run=flow_run_id,
-                    ceiling=row["ceiling_per_hour"],
+                    ceiling=ceilings[row["job_id"]],
                 )
                 if answer["outcome"] == "recorded":
                     row["run_id"] = str(flow_run_id)
+                    row["ceiling_per_hour"] = ceilings[row["job_id"]]
 
         await asyncio.gather(*map(create, rows))
 
@@ -343,10 +297,6 @@ class Observer:
                 logger.exception("The %s failed", name)
                 await asyncio.sleep(1.0)
             await _sleep_until(started + seconds, wake)
-
-
-def _missing_state(missing: Sequence[str]) -> State[Any]:
-    return Failed(message=f"These files are not in the organization: {', '.join(missing)}")
 
 
 async def _sleep_until(at: float, wake: asyncio.Event | None) -> None:

@@ -202,7 +202,14 @@ class Purchases:
             del self._refused[offer.key]
             await ask(self._ledger, "clear_refusal", subject=offer.key)
         logger.info("Bought pod %s (%s): %s", worker_id, pod.id, offer)
-        self._announce("created", worker_id, {"offer": str(offer), "job": run.job_id, "runpod_id": pod.id})
+        shown = {
+            "hardware": f"{offer.count}x {offer.gpu_name}",
+            "offer": str(offer),
+            "price_per_hour": str(pod.cost_per_hour),
+            "job": run.job_id,
+            "runpod_id": pod.id,
+        }
+        self._announce("created", worker_id, shown)
         return None
 
     def _row(self, worker_id: str, run: WaitingRun, offer: Offer) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from openweights_prefect.worker.configuration import (
     RunPodWorkerResult,
 )
 from openweights_prefect.worker.fleet import Fleet
+from openweights_prefect.worker.intake import Intake
 from openweights_prefect.worker.observer import Observer
 from openweights_prefect.worker.purchases import Purchases
 
@@ -56,7 +57,7 @@ class RunPodWorker(BaseWorker[RunPodJobConfiguration, RunPodVariables, RunPodWor
                 "pause it (`prefect work-queue pause`)."
             )
         self._has_queues = False
-        self._observer: Observer | None = None
+        self._intake: Intake | None = None
         self._resources = AsyncExitStack()
 
     async def start(
@@ -91,12 +92,13 @@ class RunPodWorker(BaseWorker[RunPodJobConfiguration, RunPodVariables, RunPodWor
         fleet = Fleet(
             provider=provider, ledger=ledger, settings=settings, purchases=purchases, announce=events.emit
         )
-        self._observer = Observer(
+        observer = Observer(
             ledger=ledger, flow_runs=flow_runs, purchases=purchases, fleet=fleet, settings=settings
         )
+        self._intake = Intake(ledger=ledger, flow_runs=flow_runs, settings=settings)
         assert self._runs_task_group is not None
         self._runs_task_group.start_soon(self._check_contract, provider)
-        self._runs_task_group.start_soon(self._observer.run)
+        self._runs_task_group.start_soon(observer.run)
 
     async def _check_contract(self, provider: RunPodClient) -> None:
         """Say at the start what RunPod has changed, rather than when a pod is to be bought or ended."""
@@ -115,7 +117,7 @@ class RunPodWorker(BaseWorker[RunPodJobConfiguration, RunPodVariables, RunPodWor
 
     async def get_and_submit_flow_runs(self) -> list[FlowRun]:
         """Take note of scheduled flow runs; the observer places them. Nothing is claimed here."""
-        if self._observer is None or not self._has_successfully_synced:
+        if self._intake is None or not self._has_successfully_synced:
             return []
         if not self._has_queues:
             await ensure_queues(self.client, self._work_pool_name)
@@ -123,7 +125,7 @@ class RunPodWorker(BaseWorker[RunPodJobConfiguration, RunPodVariables, RunPodWor
         responses = await self._get_scheduled_flow_runs()
         flow_runs = [response.flow_run for response in responses]
         try:
-            await self._observer.adopt(flow_runs, self.work_pool.base_job_template)
+            await self._intake.adopt(flow_runs, self.work_pool.base_job_template)
         except OpenWeightsError as exc:  # the base class would end the worker
             logger.warning("The ledger could not be asked about %d flow runs: %s", len(flow_runs), exc)
             return []
@@ -136,9 +138,9 @@ class RunPodWorker(BaseWorker[RunPodJobConfiguration, RunPodVariables, RunPodWor
         configuration: RunPodJobConfiguration,
         task_status: anyio.abc.TaskStatus[int] | None = None,
     ) -> RunPodWorkerResult:
-        """Hand a run that was submitted directly to the observer, and return at once."""
-        assert self._observer is not None, "the worker is not set up"
-        await self._observer.adopt([flow_run], self.work_pool.base_job_template)
+        """Take up a run that was submitted directly, and return at once: the observer places it."""
+        assert self._intake is not None, "the worker is not set up"
+        await self._intake.adopt([flow_run], self.work_pool.base_job_template)
         if task_status is not None:
             task_status.started(0)
         return RunPodWorkerResult(identifier=str(flow_run.id), status_code=0)
@@ -147,8 +149,8 @@ class RunPodWorker(BaseWorker[RunPodJobConfiguration, RunPodVariables, RunPodWor
         self, infrastructure_pid: str, configuration: RunPodJobConfiguration, grace_seconds: int = 30
     ) -> None:
         """Stop what runs under a flow run's id; its pod lives on for the next run."""
-        assert self._observer is not None, "the worker is not set up"
-        await self._observer.cancel(infrastructure_pid)
+        assert self._intake is not None, "the worker is not set up"
+        await self._intake.cancel(infrastructure_pid)
 
 
 def _settings_of_token(settings: Settings, ledger: Ledger) -> Settings:

@@ -48,8 +48,7 @@ class Site:
     def let_leases_end(self, organization_id: str, pod: str) -> None:
         """As if a minute more than the lease of the pod had passed, and nothing were logged meanwhile."""
         self._admin.execute(
-            "update ledger.runs set logged_at = null "
-            "where organization_id = %s and worker_id = %s",
+            "update ledger.runs set logged_at = null where organization_id = %s and worker_id = %s",
             [organization_id, pod],
         )
         self._admin.execute(

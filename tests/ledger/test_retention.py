@@ -79,6 +79,8 @@ def test_the_worker_expires_what_the_setting_says(
     monkeypatch.setattr(observer, "_EXPIRE_ROWS", 2)
     settings = Settings(home=tmp_path, event_retention_days=days)
     nothing: Any = None
-    worker = Observer(ledger=ledger.control, flow_runs=nothing, fleet=nothing, settings=settings)
+    worker = Observer(
+        ledger=ledger.control, flow_runs=nothing, purchases=nothing, fleet=nothing, settings=settings
+    )
     asyncio.run(worker.expire_once())
     assert len(kept(ledger, runs["old"])) == left

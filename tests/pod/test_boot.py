@@ -126,7 +126,9 @@ def test_with_a_proxy_the_pod_knows_that_alone(tmp_path: Path) -> None:
     environment = {"PREFECT_API_URL": "http://server/api", "PREFECT_API_KEY": "somebody's"}
     prepare_environment(settings, environment, session)
     token = proxy_token(session)
-    assert (environment["PREFECT_API_URL"], environment["PREFECT_API_KEY"]) == ("https://proxy/api", token)
+    assert environment["PREFECT_API_URL"] == "https://proxy/api"
+    assert environment["PREFECT_API_AUTH_STRING"] == token
+    assert "PREFECT_API_KEY" not in environment
     assert token.startswith("owx_")
     assert session not in token
     assert len(hash_secret(token)) == 64
@@ -137,7 +139,7 @@ def test_without_a_proxy_there_is_no_key(tmp_path: Path) -> None:
     environment: dict[str, str] = {}
     prepare_environment(Settings(prefect_api_url="http://server/api"), environment, "owp_x")
     assert environment["PREFECT_API_URL"] == "http://server/api"
-    assert "PREFECT_API_KEY" not in environment
+    assert "PREFECT_API_AUTH_STRING" not in environment
 
 
 def test_every_run_begins_with_the_environment_of_the_start(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def _strike_plane(world: World, kind: str) -> None:
         case "no stock":
             world.no_stock(random.choice([30.0, 120.0, 600.0]))
         case "pods hidden":
-            world.hide_pods(random.choice([5.0, 30.0, 60.0, 110.0]), random.choice([60.0, 300.0]))
+            world.hide_pods(random.choice([5.0, 30.0, 60.0]), random.choice([60.0, 300.0]))
         case "ledger clock jumps":
             world.jump()
         case "worker killed":

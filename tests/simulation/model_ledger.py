@@ -378,7 +378,8 @@ class ModelLedger:
                 self._lose_run(held, f"the agent of pod {for_worker} restarted")
         pod.proxy_hash = proxy_hash or pod.proxy_hash
         pod.heartbeat_at, pod.active_at, pod.cached_models = now, pod.active_at or now, list(models)
-        pod.lease_expires_at = now + min(lease_seconds, 3600)
+        pod.lease_seconds = min(lease_seconds, 3600)
+        pod.lease_expires_at = now + pod.lease_seconds
         return [{"outcome": "registered", "gpu_count": pod.gpu_count, "deadline_seconds": pod.deadline_at - now}]
 
     def do_renew_lease(
@@ -388,7 +389,8 @@ class ModelLedger:
         held = speaker.name == for_worker and self._speaks(speaker)
         if pod is None or not held or pod.boot != str(as_boot) or pod.status not in ALIVE:
             return [{"fenced": True}]
-        pod.heartbeat_at, pod.lease_expires_at = now, now + min(lease_seconds, 3600)
+        pod.heartbeat_at, pod.lease_seconds = now, min(lease_seconds, 3600)
+        pod.lease_expires_at = now + pod.lease_seconds
         pod.cached_models = list(models)
         next_run = None
         if pod.run is None and pod.status == "active" and not pod.shutdown_requested:
@@ -658,7 +660,7 @@ class ModelLedger:
         heard = pod.lease_expires_at or 0.0
         if pod.run is None or pod.run.logged_at is None:
             return heard
-        return max(heard, pod.run.logged_at + 60)
+        return max(heard, pod.run.logged_at + pod.lease_seconds)
 
     def _over_budget(self, more: float) -> bool:
         if self.budget is None:

@@ -118,6 +118,7 @@ class Pod:
     cached_models: list[str] = field(default_factory=list)
     reason: str | None = None
     lease_expires_at: float | None = None
+    lease_seconds: float = 60.0
     heartbeat_at: float | None = None
     active_at: float | None = None
     idle_since: float | None = None

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from openweights_prefect.provisioning.provider import PodRequest
 from tests.simulation.model_ledger import ModelLedger, Speaker
 from tests.simulation.model_provider import ModelProvider, SimPod
-from tests.simulation.model_rows import Job, Row
+from tests.simulation.model_rows import Job, Row, fits
 from tests.simulation.virtual_loop import Process
 
 DEADLINE_GRACE_SECONDS = 120.0
@@ -19,6 +19,8 @@ ZOMBIE_SECONDS = 2.5
 UNEXPLAINED_SECONDS = 90.0
 LOOK_SECONDS = 5.0
 _RECENT_SECONDS = 20.0
+NEEDLESS_PODS = 2
+"""So many more than jobs may be on their way: who fits whom is not solved to the optimum."""
 QUIET = {"control_snapshot", "renew_lease", "append_events", "expire_scripts", "known_runs", "publish_catalogue",
          "expire_events"}  # fmt: skip
 UNTOLD = {"bootstrap_hash", "pod", "models", "lease_seconds", "ttl_seconds", "details", "batch"}
@@ -136,7 +138,7 @@ class Watch:
         if job.status == "completed" and status != "completed":
             self.fail(f"job {job.id} was completed and becomes {status}")
         if job.status == "pending" and status != "pending":
-            self._left.append((self.now(), job.needs_class))
+            self._left.append((self.now(), job.id))
         if job.status != status:
             self.note(f"job {job.id} attempt {job.attempt}: {job.status} -> {status}")
 
@@ -149,20 +151,15 @@ class Watch:
         """A row for a pod was written."""
         if len(self.ledger.alive) > self.max_workers:
             self.fail(f"{len(self.ledger.alive)} pods have a row; {self.max_workers} are allowed")
-        pod = self.ledger.pods[worker_id]
-        job = self.ledger.jobs.get(pod.bought_for or "")
-        if job is None or not self.single_worker:
-            return
         while self._left and self._left[0][0] < self.now() - _RECENT_SECONDS:
             self._left.popleft()
-        wanted = sum(other.needs_class == job.needs_class for other in self.ledger.waiting.values())
-        wanted += sum(name == job.needs_class for _, name in self._left)
-        coming = [
-            other for other in self.ledger.alive.values()
-            if other.status == "starting" and other.bought_for in self.ledger.jobs
-            and self.ledger.jobs[other.bought_for].needs_class == job.needs_class
-        ]  # fmt: skip
-        if len(coming) > wanted:
+        if not self.single_worker:
+            return
+        waiting = self.ledger.waiting.values()
+        coming = [pod for pod in self.ledger.alive.values() if pod.status == "starting"]
+        coming = [pod for pod in coming if any(fits(job, pod) for job in waiting)]
+        wanted = sum(any(fits(job, pod) for pod in coming) for job in waiting) + len(self._left)
+        if len(coming) > wanted + NEEDLESS_PODS:
             self.fail(f"{len(coming)} pods are on their way for {wanted} jobs that wait")
 
     def create_called(self, request: PodRequest) -> None:

@@ -118,6 +118,7 @@ def row(stack: Stack) -> Iterator[Stack]:
     before, foreign = _sums(stack), stack.report()["alive_by_owner"]["foreign"]
     yield stack
     stack.simulator("DELETE", "faults")
+    stack.sql("delete from ledger.refusals")
     stack.money_is_safe()
     report = stack.report()
     assert report["alive_by_owner"]["foreign"] == foreign

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from control_plane import EXITS, ControlPlane
 
+from openweights_prefect.provisioning.runpod import system_log
 from openweights_prefect.worker import fleet
 
 pytestmark = pytest.mark.anyio
@@ -12,8 +13,9 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture
 def logs_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The logs of starting pods are read in every pass, not every twenty seconds."""
+    """The logs of starting pods are read in every pass, not every twenty seconds, and fall silent sooner."""
     monkeypatch.setattr(fleet, "_LOG_SECONDS", 0.0)
+    monkeypatch.setattr(system_log, "_QUIET_SECONDS", 0.1)
 
 
 async def _bought(plane: ControlPlane, count: int = 1) -> list[str]:
