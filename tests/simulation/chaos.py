@@ -15,10 +15,21 @@ LIST_FAULTS = ["failed", "truncated", "empty"]
 DELETE_FAULTS = ["failed", "failed after it was done", "ignored"]
 BOOT_FAULTS = ["never allocated", "pull stuck", "slow pull", "driver too old", "error"]
 POD_FAULTS = ["exited", "vanished", "failed", "preempted", "container restarted", "frozen", "cut off"]
-PLANE_FAULTS = ["ledger away", "ledger clock jumps", "Prefect away", "provider away", "key revoked", "no funds",
-                "no stock", "worker killed", "worker paused", "answers lost", "pods hidden"]  # fmt: skip
+PLANE_FAULTS = [
+    "ledger away",
+    "ledger clock jumps",
+    "Prefect away",
+    "provider away",
+    "key revoked",
+    "no funds",
+    "no stock",
+    "worker killed",
+    "worker paused",
+    "answers lost",
+    "pods hidden",
+    "pool paused",
+]
 PEOPLE = ["cancel", "restart", "shut down", "extend", "cancel in Prefect", "delete in Prefect"]
-HARMLESS = ["short freeze", "short cut", "short ledger outage", "answers lost", "list fault", "short worker pause"]
 
 
 @dataclass
@@ -31,9 +42,15 @@ class Weather:
     @classmethod
     def draw(cls, random: Random) -> Weather:
         """From calm to a storm."""
-        every = [*(f"create: {f}" for f in CREATE_FAULTS), *(f"list: {f}" for f in LIST_FAULTS),
-                 *(f"delete: {f}" for f in DELETE_FAULTS), *(f"boot: {f}" for f in BOOT_FAULTS),
-                 *(f"pod: {f}" for f in POD_FAULTS), *PLANE_FAULTS, *PEOPLE]  # fmt: skip
+        every = [
+            *(f"create: {f}" for f in CREATE_FAULTS),
+            *(f"list: {f}" for f in LIST_FAULTS),
+            *(f"delete: {f}" for f in DELETE_FAULTS),
+            *(f"boot: {f}" for f in BOOT_FAULTS),
+            *(f"pod: {f}" for f in POD_FAULTS),
+            *PLANE_FAULTS,
+            *PEOPLE,
+        ]
         count = random.choice([3, 8, 16, len(every)])
         return cls(random.sample(every, count), random.choice([20.0, 60.0, 180.0]))
 
@@ -87,8 +104,8 @@ def _strike_pod(world: World, kind: str) -> None:
             world.cut(pod, random.choice([10.0, 60.0, 100.0, 200.0, 600.0]))
 
 
-def _strike_plane(world: World, kind: str) -> None:
-    random, faults = world.random, world.provider.faults
+def _strike_plane(world: World, kind: str) -> None:  # noqa: C901 - a table
+    random = world.random
     world.watch.reached(kind)
     match kind:
         case "ledger away":
@@ -97,6 +114,8 @@ def _strike_plane(world: World, kind: str) -> None:
             world.for_a_while("losing_answers", random.choice([5.0, 60.0]))
         case "Prefect away":
             world.prefect_away(random.choice([5.0, 60.0]))
+        case "pool paused":
+            world.pause_pool(random.choice([30.0, 300.0]))
         case "provider away":
             world.fault_for("down", random.choice([5.0, 45.0, 120.0]))
         case "key revoked":

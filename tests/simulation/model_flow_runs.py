@@ -13,6 +13,7 @@ from uuid import UUID
 import httpx
 
 from openweights_prefect.orchestration.flow_runs import FlowRunGone
+from openweights_prefect.orchestration.queues import PoolState
 
 
 @dataclass
@@ -29,6 +30,9 @@ class ModelFlowRuns:
         self.flow_runs: dict[UUID, FlowRunState] = {}
         self.by_key: dict[str, FlowRunState] = {}
         self.down = False
+        self.paused = False
+        """Somebody paused the work pool."""
+        self.limit: int | None = None
         self._random = random
 
     async def create(
@@ -79,6 +83,25 @@ class ModelFlowRuns:
             return []
         found = [name for name in flow_run_ids if name in self.flow_runs]
         return [name for name in found if self.flow_runs[name].state == "canceled"]
+
+    async def pool_state(self, pool: str) -> PoolState:
+        await self._way()
+        return PoolState(paused=self.paused, paused_queues=frozenset(), concurrency_limit=self.limit)
+
+    async def held_back(self, state: PoolState, flow_run_ids: Sequence[UUID]) -> dict[UUID, str]:
+        why = state.reason(None)
+        return {} if why is None else dict.fromkeys(flow_run_ids, why)
+
+    async def ended_among(self, flow_run_ids: Sequence[UUID]) -> list[UUID]:
+        await self._way()
+        final = ("canceled", "completed", "failed", "lost")
+        found = [name for name in flow_run_ids if name in self.flow_runs]
+        return [name for name in found if self.flow_runs[name].state in final]
+
+    async def restore(self, flow_run_id: UUID) -> None:
+        await self._way()
+        if flow_run_id in self.flow_runs:
+            self.flow_runs[flow_run_id].state = "pending"
 
     async def deployment_of(self, flow_run: Any) -> tuple[str | None, dict[str, Any]]:
         return None, {}

@@ -16,8 +16,19 @@ from tests.simulation.model_rows import FINAL, Interval, Job, Pod, Row, Run, fit
 ORGANIZATION = "00000000-0000-0000-0000-000000000001"
 HINT_SECONDS = 10.0
 ALIVE = ("active", "busy", "draining")
-WAKING = {"submit_job", "cancel_job", "restart_job", "register_pod", "finish_run", "release_pod", "lose_pod",
-          "expire_leases", "abandon_run", "reject_pod", "fail_job"}  # fmt: skip
+WAKING = {
+    "submit_job",
+    "cancel_job",
+    "restart_job",
+    "register_pod",
+    "finish_run",
+    "release_pod",
+    "lose_pod",
+    "expire_leases",
+    "abandon_run",
+    "reject_pod",
+    "fail_job",
+}
 
 
 class NotModelled(AssertionError):
@@ -164,23 +175,32 @@ class ModelLedger:
         chosen = sorted(line, key=lambda place: ((place[2] - 1) // 10, place[1]))[:max_waiting]
         chosen.sort(key=lambda place: place[1])
         classes = {job.needs_class: job for job, _, _ in reversed(chosen)}
-        fitting = {name: [pod.id for pod in self._placeable() if fits(job, pod)] for name, job in classes.items()}
-        return [{
-            "waiting": [self._shown_waiting(job) for job, _, _ in chosen],
-            "waiting_total": len(line),
-            "released": sum((job.id, job.attempt) in self.attempts for job in self.waiting.values()),
-            "fitting": {name: pods for name, pods in fitting.items() if pods},
-            "pods": [self._shown_pod(pod) for pod in self.alive.values()],
-            "refusals": self._shown_refusals(),
-            "unmirrored": self._shown_unmirrored(),
-        }]  # fmt: skip
+        fitting = {
+            name: [pod.id for pod in self._placeable() if fits(job, pod)] for name, job in classes.items()
+        }
+        return [
+            {
+                "waiting": [self._shown_waiting(job) for job, _, _ in chosen],
+                "waiting_total": len(line),
+                "released": sum((job.id, job.attempt) in self.attempts for job in self.waiting.values()),
+                "fitting": {name: pods for name, pods in fitting.items() if pods},
+                "pods": [self._shown_pod(pod) for pod in self.alive.values()],
+                "refusals": self._shown_refusals(),
+                "unmirrored": self._shown_unmirrored(),
+            }
+        ]
 
     def do_record_flow_run(
         self, _: Speaker, for_job: str, for_attempt: int, flow_run: UUID, ceiling: float | None = None
     ) -> list[Row]:
         held, name = self.jobs.get(for_job), str(flow_run)
         wanted = held is not None and held.status == "pending" and held.attempt == for_attempt
-        if held is not None and wanted and (for_job, for_attempt) not in self.attempts and name not in self.runs:
+        if (
+            held is not None
+            and wanted
+            and (for_job, for_attempt) not in self.attempts
+            and name not in self.runs
+        ):
             self._numbers += 1
             run = Run(name, held, for_attempt, self.clock(), self._numbers, ceiling=ceiling)
             self.runs[name] = self._unmirrored[name] = self.attempts[for_job, for_attempt] = run
@@ -219,13 +239,23 @@ class ModelLedger:
                 return [{"outcome": "budget"}]
             self._numbers += 1
             known = {name: value for name, value in pod.items() if name in Pod.__dataclass_fields__}
-            held = Pod(**known, created_at=self.clock(), number=self._numbers, bootstrap_hash=bootstrap_hash,
-                       deadline_at=self.clock() + ttl_seconds)  # fmt: skip
+            held = Pod(
+                **known,
+                created_at=self.clock(),
+                number=self._numbers,
+                bootstrap_hash=bootstrap_hash,
+                deadline_at=self.clock() + ttl_seconds,
+            )
             self.pods[held.id] = self.alive[held.id] = held
             held.intervals.append(Interval("boot", self.clock(), held.price_per_hour))
             self.reservations[held.id] = most
-        return [{"outcome": "intended", "deadline_at": held.deadline_at,
-                 "deadline_seconds": held.deadline_at - self.clock()}]  # fmt: skip
+        return [
+            {
+                "outcome": "intended",
+                "deadline_at": held.deadline_at,
+                "deadline_seconds": held.deadline_at - self.clock(),
+            }
+        ]
 
     def do_record_pod(
         self, _: Speaker, for_worker: str, provider_id: str, price: float, details: Row | None = None
@@ -267,8 +297,15 @@ class ModelLedger:
 
     def do_known_pods(self, _: Speaker, worker_ids: list[str]) -> list[Row]:
         pods = [pod for name, pod in self.pods.items() if name in worker_ids]
-        return [{"worker_id": pod.id, "pod_id": pod.pod_id, "status": pod.status,
-                 "docker_image": pod.docker_image} for pod in pods]  # fmt: skip
+        return [
+            {
+                "worker_id": pod.id,
+                "pod_id": pod.pod_id,
+                "status": pod.status,
+                "docker_image": pod.docker_image,
+            }
+            for pod in pods
+        ]
 
     def do_record_duplicate(self, _: Speaker, for_worker: str, price: float, seconds: float) -> list[Row]:
         pod, now = self.pods.get(for_worker), self.clock()
@@ -278,9 +315,13 @@ class ModelLedger:
         return [{"outcome": "recorded"}]
 
     def do_expire_leases(self, _: Speaker, silent: list[str] | None = None) -> list[Row]:
-        names = [name for name, pod in self.alive.items()
-                 if pod.status in ALIVE and self._heard_until(pod) < self.clock()
-                 and (silent is None or name in silent)]  # fmt: skip
+        names = [
+            name
+            for name, pod in self.alive.items()
+            if pod.status in ALIVE
+            and self._heard_until(pod) < self.clock()
+            and (silent is None or name in silent)
+        ]
         for name in sorted(names):
             self._condemn(name, "lost", f"pod {name} was silent for longer than its lease")
         return [{"worker_id": name} for name in sorted(names)]
@@ -333,8 +374,16 @@ class ModelLedger:
 
     def do_known_runs(self, _: Speaker, flow_runs: list[UUID]) -> list[Row]:
         runs = [self.runs[str(name)] for name in flow_runs if str(name) in self.runs]
-        return [{"run_id": run.id, "job_id": run.job.id, "status": run.status, "worker_id": run.worker_id,
-                 "mirrored": run.mirrored} for run in runs]  # fmt: skip
+        return [
+            {
+                "run_id": run.id,
+                "job_id": run.job.id,
+                "status": run.status,
+                "worker_id": run.worker_id,
+                "mirrored": run.mirrored,
+            }
+            for run in runs
+        ]
 
     def do_expire_scripts(self, _: Speaker) -> list[Row]:
         return []  # nobody opens one here
@@ -359,9 +408,14 @@ class ModelLedger:
     # Pods ------------------------------------------------------------------------------------------
 
     def do_register_pod(
-        self, speaker: Speaker, for_worker: str, as_boot: UUID, lease_seconds: int, models: list[str],
+        self,
+        speaker: Speaker,
+        for_worker: str,
+        as_boot: UUID,
+        lease_seconds: int,
+        models: list[str],
         proxy_hash: str | None = None,
-    ) -> list[Row]:  # fmt: skip
+    ) -> list[Row]:
         pod, boot = self.alive.get(for_worker), str(as_boot)
         if pod is None or speaker.name != for_worker or not self._speaks(speaker):
             return [{"outcome": "refused"}]
@@ -380,7 +434,9 @@ class ModelLedger:
         pod.heartbeat_at, pod.active_at, pod.cached_models = now, pod.active_at or now, list(models)
         pod.lease_seconds = min(lease_seconds, 3600)
         pod.lease_expires_at = now + pod.lease_seconds
-        return [{"outcome": "registered", "gpu_count": pod.gpu_count, "deadline_seconds": pod.deadline_at - now}]
+        return [
+            {"outcome": "registered", "gpu_count": pod.gpu_count, "deadline_seconds": pod.deadline_at - now}
+        ]
 
     def do_renew_lease(
         self, speaker: Speaker, for_worker: str, as_boot: UUID, lease_seconds: int, models: list[str]
@@ -395,15 +451,17 @@ class ModelLedger:
         next_run = None
         if pod.run is None and pod.status == "active" and not pod.shutdown_requested:
             next_run = self._look_for_work(pod)
-        return [{
-            "fenced": False,
-            "shutdown": pod.shutdown_requested or pod.status == "draining",
-            "cancel": pod.run is not None and pod.run.job.cancel_requested,
-            "run_id": pod.run.id if pod.run else None,
-            "next_run": next_run,
-            "deadline_seconds": pod.deadline_at - now,
-            "deadline_at": pod.deadline_at,
-        }]  # fmt: skip
+        return [
+            {
+                "fenced": False,
+                "shutdown": pod.shutdown_requested or pod.status == "draining",
+                "cancel": pod.run is not None and pod.run.job.cancel_requested,
+                "run_id": pod.run.id if pod.run else None,
+                "next_run": next_run,
+                "deadline_seconds": pod.deadline_at - now,
+                "deadline_at": pod.deadline_at,
+            }
+        ]
 
     def do_open_run(self, speaker: Speaker, for_run: UUID, for_worker: str, as_boot: UUID) -> list[Row]:
         known = self._speaks(speaker)
@@ -426,15 +484,26 @@ class ModelLedger:
     ) -> list[Row]:
         """Sign of life alone: what a run logs is not kept here."""
         run = self.runs.get(str(for_run))
-        if run is None or run.boot != str(as_boot) or run.status != "in_progress" or not self._reaches(speaker, run):
+        if (
+            run is None
+            or run.boot != str(as_boot)
+            or run.status != "in_progress"
+            or not self._reaches(speaker, run)
+        ):
             return [{"outcome": "stale"}]
         run.logged_at = self.clock()
         return [{"outcome": "stored", "next_sequence": first_sequence + len(batch)}]
 
     def do_finish_run(
-        self, speaker: Speaker, for_run: UUID, as_boot: UUID, result: str, why: str | None = None,
-        log_file_id: str | None = None, result_outputs: Row | None = None,
-    ) -> list[Row]:  # fmt: skip
+        self,
+        speaker: Speaker,
+        for_run: UUID,
+        as_boot: UUID,
+        result: str,
+        why: str | None = None,
+        log_file_id: str | None = None,
+        result_outputs: Row | None = None,
+    ) -> list[Row]:
         run = self.runs.get(str(for_run))
         if run is None or run.boot != str(as_boot) or not self._reaches(speaker, run):
             return [{"outcome": "stale", "status": None}]
@@ -601,15 +670,20 @@ class ModelLedger:
 
     def _retire_failing(self, worker_id: str) -> None:
         pod = self.alive.get(worker_id)
-        ended = [run for run in self.runs.values() if run.worker_id == worker_id and run.finished_at is not None]
+        ended = [
+            run for run in self.runs.values() if run.worker_id == worker_id and run.finished_at is not None
+        ]
         newest = sorted(ended, key=lambda run: -run.number)[:5]
         if pod is None or pod.status not in ("active", "busy") or len(newest) < 5:
             return
         if any(run.status != "failed" for run in newest) or len({run.job.id for run in newest}) < 2:
             return
         since = min(run.started_at for run in newest if run.started_at is not None)
-        elsewhere = (run for run in self.runs.values()
-                     if run.status == "completed" and run.worker_id not in (None, worker_id))  # fmt: skip
+        elsewhere = (
+            run
+            for run in self.runs.values()
+            if run.status == "completed" and run.worker_id not in (None, worker_id)
+        )
         if any(run.finished_at is not None and run.finished_at > since for run in elsewhere):
             pod.reason = "five failed runs in a row"
             self._move(pod, "draining", pod.run)
@@ -617,20 +691,32 @@ class ModelLedger:
     def _is_hinted(self, pod: Pod) -> bool:
         fresh = self.clock() - HINT_SECONDS
         runs = (self.attempts.get((job.id, job.attempt)) for job in self.waiting.values())
-        return any(run is not None and run.status == "pending" and run.hinted == pod.id
-                   and run.hinted_at is not None and run.hinted_at > fresh for run in runs)  # fmt: skip
+        return any(
+            run is not None
+            and run.status == "pending"
+            and run.hinted == pod.id
+            and run.hinted_at is not None
+            and run.hinted_at > fresh
+            for run in runs
+        )
 
     def _look_for_work(self, pod: Pod) -> str | None:
         if not self.waiting:
             return None
         pairs = [(job, self.attempts.get((job.id, job.attempt))) for job in self.waiting.values()]
-        waiting = [run for job, run in pairs if run is not None and run.status == "pending" and fits(job, pod)]
+        waiting = [
+            run for job, run in pairs if run is not None and run.status == "pending" and fits(job, pod)
+        ]
         pointed = [run for run in waiting if run.hinted == pod.id]
         if pointed:
             return min(pointed, key=lambda run: run.hinted_at or 0.0).id
         old = self.clock() - HINT_SECONDS
-        free = [run for run in waiting if (run.hinted is None or (run.hinted_at or 0.0) < old)
-                and (run.ceiling is None or pod.price_per_hour <= run.ceiling)]  # fmt: skip
+        free = [
+            run
+            for run in waiting
+            if (run.hinted is None or (run.hinted_at or 0.0) < old)
+            and (run.ceiling is None or pod.price_per_hour <= run.ceiling)
+        ]
         if not free:
             return None
         run = min(free, key=lambda run: (-run.job.priority, run.job.created_at, run.job.number))
@@ -687,24 +773,41 @@ class ModelLedger:
         return line
 
     def _placeable(self) -> list[Pod]:
-        return [pod for pod in self.alive.values()
-                if pod.status in ("starting", "active") and not pod.shutdown_requested]  # fmt: skip
+        return [
+            pod
+            for pod in self.alive.values()
+            if pod.status in ("starting", "active") and not pod.shutdown_requested
+        ]
 
     def _shown_waiting(self, job: Job) -> Row:
         run = self.attempts.get((job.id, job.attempt))
         hinted_at = run.hinted_at if run is not None else None
         return {
-            "job_id": job.id, "run_id": run.id if run else None, "attempt": job.attempt, "type": job.type,
-            "model": job.model, "params": job.params, "mounts": job.mounts, "entrypoint": job.entrypoint,
-            "docker_image": job.docker_image, "requires_vram_gb": job.requires_vram_gb,
-            "allowed_hardware": job.allowed_hardware, "max_price_per_hour": job.max_price_per_hour,
-            "cloud": job.cloud, "min_cuda": job.min_cuda, "min_vcpu": job.min_vcpu, "min_ram_gb": job.min_ram_gb,
-            "priority": job.priority, "owner": job.created_by, "needs_class": job.needs_class,
-            "created_at": job.created_at, "pending_reason": job.pending_reason,
+            "job_id": job.id,
+            "run_id": run.id if run else None,
+            "attempt": job.attempt,
+            "type": job.type,
+            "model": job.model,
+            "params": job.params,
+            "mounts": job.mounts,
+            "entrypoint": job.entrypoint,
+            "docker_image": job.docker_image,
+            "requires_vram_gb": job.requires_vram_gb,
+            "allowed_hardware": job.allowed_hardware,
+            "max_price_per_hour": job.max_price_per_hour,
+            "cloud": job.cloud,
+            "min_cuda": job.min_cuda,
+            "min_vcpu": job.min_vcpu,
+            "min_ram_gb": job.min_ram_gb,
+            "priority": job.priority,
+            "owner": job.created_by,
+            "needs_class": job.needs_class,
+            "created_at": job.created_at,
+            "pending_reason": job.pending_reason,
             "ceiling_per_hour": run.ceiling if run else None,
             "hinted_worker_id": run.hinted if run else None,
             "hinted_seconds_ago": None if hinted_at is None else self.clock() - hinted_at,
-        }  # fmt: skip
+        }
 
     def _shown_pod(self, pod: Pod) -> Row:
         now = self.clock()
@@ -717,15 +820,30 @@ class ModelLedger:
 
     def _shown_refusals(self) -> Row:
         now = self.clock()
-        return {subject: {"failures": held["failures"], "reason": held["reason"], "seconds_left": held["until"] - now}
-                for subject, held in self.refusals.items() if held["until"] > now - 6 * 3600}  # fmt: skip
+        return {
+            subject: {
+                "failures": held["failures"],
+                "reason": held["reason"],
+                "seconds_left": held["until"] - now,
+            }
+            for subject, held in self.refusals.items()
+            if held["until"] > now - 6 * 3600
+        }
 
     def _shown_unmirrored(self) -> list[Row]:
         settled = self.clock() - 10
-        runs = [run for run in self._unmirrored.values() if not run.mirrored and run.finished_at is not None
-                and (run.status in ("lost", "canceled") or run.started_at is None or run.finished_at < settled)]  # fmt: skip
+        runs = [
+            run
+            for run in self._unmirrored.values()
+            if not run.mirrored
+            and run.finished_at is not None
+            and (run.status in ("lost", "canceled") or run.started_at is None or run.finished_at < settled)
+        ]
         runs.sort(key=lambda run: run.finished_at or 0.0)
-        return [{"run_id": run.id, "job_id": run.job.id, "status": run.status, "error": run.error} for run in runs[:100]]
+        return [
+            {"run_id": run.id, "job_id": run.job.id, "status": run.status, "error": run.error}
+            for run in runs[:100]
+        ]
 
 
 class View:

@@ -27,7 +27,7 @@ _REST_SECONDS = 60.0
 _DEADMAN_SECONDS = 60.0
 
 
-class AgentDied(Exception):  # noqa: N818
+class AgentDied(Exception):
     """The agent ended in an error of its own: the container exits."""
 
 
@@ -175,9 +175,16 @@ class SimExecution:
     """What `Execution` does, with a job that only takes time."""
 
     def __init__(
-        self, *, world: World, run_id: UUID, worker_id: str, boot: UUID, ledger: Any, flow_runs: Any,
+        self,
+        *,
+        world: World,
+        run_id: UUID,
+        worker_id: str,
+        boot: UUID,
+        ledger: Any,
+        flow_runs: Any,
         cancel_grace_seconds: float = 3.0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.run_id = run_id
         self.gpu_suspected = False
         self._world = world
@@ -211,7 +218,11 @@ class SimExecution:
         self.kill()
 
     def cancel(
-        self, result: str = "canceled", why: str = "canceled by the user", *, grace_seconds: float | None = None
+        self,
+        result: str = "canceled",
+        why: str = "canceled by the user",
+        *,
+        grace_seconds: float | None = None,
     ) -> None:
         if self._finished:
             return
@@ -248,9 +259,13 @@ class SimExecution:
             raise AgentDied("an error in the execution")
         result, why = self._intent or (plan.result, plan.why)
         answer = await self._call(
-            "finish_run", for_run=self.run_id, as_boot=self._boot, result=result, why=why,
+            "finish_run",
+            for_run=self.run_id,
+            as_boot=self._boot,
+            result=result,
+            why=why,
             result_outputs={"loss": 1.0} if result == "completed" else None,
-        )  # fmt: skip
+        )
         self._finished = answer["outcome"] == "finished"
 
     async def _work(self, plan: Any) -> None:
@@ -272,9 +287,13 @@ class SimExecution:
     async def _log(self, sequence: int) -> int:
         try:
             answer = await asyncio.to_thread(
-                self._ledger.call, "append_events", for_run=self.run_id, as_boot=self._boot,
-                first_sequence=sequence, batch=[{"data": {"x": sequence}}],
-            )  # fmt: skip
+                self._ledger.call,
+                "append_events",
+                for_run=self.run_id,
+                as_boot=self._boot,
+                first_sequence=sequence,
+                batch=[{"data": {"x": sequence}}],
+            )
         except OpenWeightsError:
             return sequence
         if answer[0]["outcome"] == "stale":

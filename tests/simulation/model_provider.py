@@ -1,18 +1,19 @@
-"""A provider of pods in virtual time: hosts, stock, boots that take a while, bills by the second, and faults."""
+"""A provider of pods in virtual time: hosts, stock, slow boots, bills by the second, and faults."""
 
 from __future__ import annotations
 
 import asyncio
 import builtins
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from random import Random
-from typing import Protocol
+from typing import Any, Protocol, get_args
 
 from openweights_prefect.provisioning.hardware import catalogue
 from openweights_prefect.provisioning.provider import (
     Ambiguous,
+    Cloud,
     InsufficientFunds,
     NoCapacity,
     Offer,
@@ -22,10 +23,10 @@ from openweights_prefect.provisioning.provider import (
     RateLimited,
     Unauthorized,
 )
+from tests.simulation.model_rows import version
 
 GPUS = ("NVIDIA L4", "NVIDIA A100 80GB PCIe", "NVIDIA H100 80GB HBM3", "NVIDIA RTX A6000")
 MISSING_IMAGE = "registry.example/missing:1"
-from tests.simulation.model_rows import version
 
 
 @dataclass
@@ -146,8 +147,14 @@ class ModelProvider:
             self._witness.reached(f"create: {fault}")
         if fault == "rate limited":
             raise RateLimited("slow down", retry_after_seconds=self._random.uniform(1, 20))
-        offer = next((o for o in self.every_offer if (o.gpu_id, o.count, o.cloud)
-                      == (request.gpu_id, request.gpu_count, request.cloud)), None)  # fmt: skip
+        offer = next(
+            (
+                o
+                for o in self.every_offer
+                if (o.gpu_id, o.count, o.cloud) == (request.gpu_id, request.gpu_count, request.cloud)
+            ),
+            None,
+        )
         if offer is None or {offer.key, "*"} & self.faults.no_stock:
             self._witness.reached("create: no capacity")
             raise NoCapacity("There are no longer any instances available with the requested specifications.")
@@ -280,17 +287,21 @@ class ModelProvider:
         pod.log.append(f"{pod.request.image} Pulling from registry")
         if pod.boot == "image missing":
             await asyncio.sleep(3)
-            pod.log.append(f"error pulling image: manifest for {pod.request.image} not found: manifest unknown")
+            pod.log.append(
+                f"error pulling image: manifest for {pod.request.image} not found: manifest unknown"
+            )
             return
         if pod.boot == "pull stuck":
             return
-        await asyncio.sleep(self._random.uniform(200, 900) if pod.boot == "slow pull" else self._random.uniform(5, 60))
+        await asyncio.sleep(
+            self._random.uniform(200, 900) if pod.boot == "slow pull" else self._random.uniform(5, 60)
+        )
         pod.log.append(f"Status: Downloaded newer image for {pod.request.image}")
         if pod.boot == "driver too old" or pod.host.cuda_error:
             self._witness.reached("boot: driver too old")
             pod.log.append(
-                "error starting container: failed to create task for container: nvidia-container-cli: requirement "
-                "error: unsatisfied condition: cuda>=12.8, please update your driver to a newer version"
+                "error starting container: failed to create task for container: nvidia-container-cli: "
+                "requirement error: unsatisfied condition: cuda>=12.8, please update your driver"
             )
             return
         if pod.boot == "error":
@@ -351,17 +362,21 @@ class ModelProvider:
         """Half of a call: who is killed before the first half never asked, after it never hears."""
         await asyncio.sleep(self._random.uniform(0.02, 0.4))
 
-    def _spawn(self, work: object) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         from tests.simulation.virtual_loop import outside
 
         with outside():
-            task = asyncio.get_running_loop().create_task(work)  # type: ignore[arg-type]
+            task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     def _add_foreign(self, name: str) -> None:
-        request = PodRequest(name=name, image="other/image", gpu_id=GPUS[0], gpu_count=1, cloud="SECURE", disk_gb=1)
-        pod = SimPod(f"f{len(self.pods):04d}", request, None, self.hosts[0], self._now(), 0.0, "", foreign=True)
+        request = PodRequest(
+            name=name, image="other/image", gpu_id=GPUS[0], gpu_count=1, cloud="SECURE", disk_gb=1
+        )
+        pod = SimPod(
+            f"f{len(self.pods):04d}", request, None, self.hosts[0], self._now(), 0.0, "", foreign=True
+        )
         pod.up = True
         self.pods[pod.id] = pod
 
@@ -369,10 +384,10 @@ class ModelProvider:
 def _offers() -> builtins.list[Offer]:
     found = []
     for gpu in catalogue():
-        for cloud, tier in (("SECURE", gpu.secure), ("COMMUNITY", gpu.community)):
-            if gpu.id in GPUS and tier is not None:
-                found += [
-                    Offer(gpu.id, gpu.name, count, cloud, tier.price_per_hour * count, gpu.memory_gb * count, "HIGH")  # type: ignore[arg-type]
-                    for count in (1, 2) if count <= tier.max_count
-                ]  # fmt: skip
+        tiers = zip(get_args(Cloud), (gpu.secure, gpu.community), strict=True)
+        for cloud, tier in tiers if gpu.id in GPUS else ():
+            for count in (1, 2) if tier is not None else ():
+                if tier is not None and count <= tier.max_count:
+                    price, memory = tier.price_per_hour * count, gpu.memory_gb * count
+                    found.append(Offer(gpu.id, gpu.name, count, cloud, price, memory, "HIGH"))
     return found

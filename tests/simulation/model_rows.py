@@ -46,15 +46,40 @@ class Job:
     needs_class: str = ""
 
     def __post_init__(self) -> None:
-        needs = [self.docker_image, self.requires_vram_gb, self.allowed_hardware, self.max_price_per_hour,
-                 self.cloud, self.min_cuda, self.min_vcpu, self.min_ram_gb]  # fmt: skip
+        needs = [
+            self.docker_image,
+            self.requires_vram_gb,
+            self.allowed_hardware,
+            self.max_price_per_hour,
+            self.cloud,
+            self.min_cuda,
+            self.min_vcpu,
+            self.min_ram_gb,
+        ]
         self.needs_class = json.dumps(needs)
 
     def shown(self) -> Row:
         """The row, as far as anybody in the simulation reads it."""
-        names = ("id", "type", "model", "entrypoint", "status", "attempt", "failed_attempts", "lost_attempts",
-                 "cancel_requested", "error", "outputs", "pending_reason", "timeout_seconds", "params",
-                 "docker_image", "priority", "retries", "created_by")  # fmt: skip
+        names = (
+            "id",
+            "type",
+            "model",
+            "entrypoint",
+            "status",
+            "attempt",
+            "failed_attempts",
+            "lost_attempts",
+            "cancel_requested",
+            "error",
+            "outputs",
+            "pending_reason",
+            "timeout_seconds",
+            "params",
+            "docker_image",
+            "priority",
+            "retries",
+            "created_by",
+        )
         return {name: getattr(self, name) for name in names}
 
 
@@ -127,9 +152,29 @@ class Pod:
 
     def shown(self) -> Row:
         """The row, as far as the control plane reads it."""
-        names = ("id", "deadline_at", "docker_image", "hardware", "gpu_type", "gpu_count", "vram_gb", "cloud",
-                 "price_per_hour", "bought_for", "cuda", "vcpu", "ram_gb", "status", "pod_id", "host", "boots",
-                 "boot", "shutdown_requested", "reason", "cached_models")  # fmt: skip
+        names = (
+            "id",
+            "deadline_at",
+            "docker_image",
+            "hardware",
+            "gpu_type",
+            "gpu_count",
+            "vram_gb",
+            "cloud",
+            "price_per_hour",
+            "bought_for",
+            "cuda",
+            "vcpu",
+            "ram_gb",
+            "status",
+            "pod_id",
+            "host",
+            "boots",
+            "boot",
+            "shutdown_requested",
+            "reason",
+            "cached_models",
+        )
         return {name: getattr(self, name) for name in names} | {"run_id": self.run.id if self.run else None}
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tests.simulation.model_ledger import Speaker
 from tests.simulation.model_provider import MISSING_IMAGE
+from tests.simulation.model_rows import Row
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
@@ -87,6 +88,18 @@ class People:
         plans = self.plans[job_id]
         return plans[(attempt - 1) % len(plans)]
 
+    def submit(self, name: str) -> None:
+        """A job of the first class, as it is."""
+        job: Row = {
+            "id": name,
+            "type": "custom_job",
+            "entrypoint": "python train.py",
+            "docker_image": IMAGES[0],
+            "params": {"validated_params": {}},
+            **CLASSES[0],
+        }
+        self._world.ledger.call(Speaker("person", "user-0"), "submit_job", {"job": job})
+
     def _act_in_prefect(self, kind: str) -> None:
         flow_runs = self._world.flow_runs
         open_runs = [run for run in flow_runs.flow_runs.values() if run.state in ("scheduled", "pending")]
@@ -105,9 +118,16 @@ class People:
         if self.plans and random.random() < 0.1:
             name = random.choice(list(self.plans))  # somebody submits the same again
             number = self.kinds[name]
-        job = {"id": name, "type": "custom_job", "entrypoint": "python train.py", "docker_image": IMAGES[0],
-               "params": {"validated_params": {}}, "model": random.choice([None, "m1", "m2"]),
-               "priority": random.choice([0, 0, 0, 1, 5]), "retries": random.choice([0, 0, 1, 2])}  # fmt: skip
+        job: Row = {
+            "id": name,
+            "type": "custom_job",
+            "entrypoint": "python train.py",
+            "docker_image": IMAGES[0],
+            "params": {"validated_params": {}},
+            "model": random.choice([None, "m1", "m2"]),
+            "priority": random.choice([0, 0, 0, 1, 5]),
+            "retries": random.choice([0, 0, 1, 2]),
+        }
         if name not in self.plans:
             self.plans[name] = [self._plan() for _ in range(3)]
             self.kinds[name] = number

@@ -21,13 +21,19 @@ IMAGE = "openweights/test:latest"
 USERS = [str(uuid.UUID(int=n)) for n in (7, 8, 9)]
 HARDWARE = [("1x L4", 19, 0.4), ("1x A100", 75, 1.2), ("2x A100", 150, 2.4)]
 NEEDS: list[Row] = [
-    {}, {"requires_vram_gb": 70}, {"allowed_hardware": ["2x A100"]}, {"max_price_per_hour": 0.5},
-    {"cloud": "SECURE"}, {"min_cuda": "12.10"}, {"min_vcpu": 8, "min_ram_gb": 64}, {"docker_image": "other"},
-]  # fmt: skip
+    {},
+    {"requires_vram_gb": 70},
+    {"allowed_hardware": ["2x A100"]},
+    {"max_price_per_hour": 0.5},
+    {"cloud": "SECURE"},
+    {"min_cuda": "12.10"},
+    {"min_vcpu": 8, "min_ram_gb": 64},
+    {"docker_image": "other"},
+]
 SECONDS = [0.7, 3.3, 12.9, 31.7, 64.3, 131.9]
 REFUSALS = {"refused", "stale", "fenced", "shutdown", "not_found", "abandoned"}
 SHIFTED = {
-    "ledger.worker": "created_at deadline_at lease_expires_at heartbeat_at idle_since active_at terminated_at",
+    "ledger.worker": "created_at deadline_at lease_expires_at heartbeat_at idle_since active_at",
     "ledger.runs": "created_at logged_at hinted_at started_at finished_at",
     "ledger.jobs": "created_at started_at finished_at",
     "ledger.pod_intervals": "started_at ended_at",
@@ -52,11 +58,16 @@ class Both:
 
     def _person(self, user: str) -> Ledger:
         self._admin.execute(
-            "insert into ledger.members (organization_id, user_id, role) values (%s, %s, 'user') on conflict do nothing",
+            "insert into ledger.members (organization_id, user_id, role) values (%s, %s, 'user') "
+            "on conflict do nothing",
             [self._callers.organization_id, user],
         )
-        claims = {"role": "authenticated", "aud": "authenticated", "sub": user,
-                  "organization_id": self._callers.organization_id}  # fmt: skip
+        claims = {
+            "role": "authenticated",
+            "aud": "authenticated",
+            "sub": user,
+            "organization_id": self._callers.organization_id,
+        }
         return self._callers.open_as(claims)
 
     def close(self) -> None:
@@ -69,7 +80,9 @@ class Both:
         self.history.append(f"{seconds} s pass")
         self.shift += seconds
         for table, columns in SHIFTED.items():
-            moved = ", ".join(f"{name} = {name} - make_interval(secs => {seconds})" for name in columns.split())
+            moved = ", ".join(
+                f"{name} = {name} - make_interval(secs => {seconds})" for name in columns.split()
+            )
             self._admin.execute(f"update {table} set {moved}".encode())
 
     def call(self, speaker: Speaker, function: str, **arguments: Any) -> list[Row]:
@@ -93,7 +106,8 @@ class Both:
         )
         self.expect(_seen(expected), _seen(found), "control_snapshot")
         rows = self._admin.execute(
-            "select worker_id, sum(price_per_hour * extract(epoch from coalesce(ended_at, now()) - started_at) / 3600) "
+            "select worker_id, sum(price_per_hour / 3600 * extract(epoch from coalesce(ended_at, now()) "
+            "- started_at)) "
             "from ledger.pod_intervals group by worker_id"
         )
         costs = {name: float(usd) for name, usd in rows}
@@ -101,14 +115,23 @@ class Both:
             expected_usd = self.model.cost(pod)
             near = abs(costs.get(pod.id, 0.0) - expected_usd) < 0.002
             self.expect(True, near, f"the cost of {pod.id}: {expected_usd} and {costs.get(pod.id)}")
-        reserved = {name: float(usd) for name, usd in self._admin.execute("select worker_id, usd from ledger.reservations")}
+        reserved = {
+            name: float(usd)
+            for name, usd in self._admin.execute("select worker_id, usd from ledger.reservations")
+        }
         self.expect(sorted(self.model.reservations), sorted(reserved), "reservations")
         for name, usd in reserved.items():
             self.expect(True, abs(usd - self.model.reservations[name]) < 0.01, f"reservation of {name}")
-        jobs = {name: (status, attempt, failed, lost, error) for name, status, attempt, failed, lost, error in
-                self._admin.execute("select id, status, attempt, failed_attempts, lost_attempts, error from ledger.jobs")}  # fmt: skip
-        modelled = {job.id: (job.status, job.attempt, job.failed_attempts, job.lost_attempts, job.error)
-                    for job in self.model.jobs.values()}  # fmt: skip
+        jobs = {
+            name: (status, attempt, failed, lost, error)
+            for name, status, attempt, failed, lost, error in self._admin.execute(
+                "select id, status, attempt, failed_attempts, lost_attempts, error from ledger.jobs"
+            )
+        }
+        modelled = {
+            job.id: (job.status, job.attempt, job.failed_attempts, job.lost_attempts, job.error)
+            for job in self.model.jobs.values()
+        }
         self.expect(modelled, jobs, "jobs")
 
     def expect(self, expected: object, found: object, what: str) -> None:
@@ -132,21 +155,31 @@ def _told(function: str, rows: list[Row]) -> object:
 
 
 def _seen(snapshot: Row) -> Row:
-    """A snapshot as far as it can be compared: needs classes have other names, and seconds differ a little."""
+    """A snapshot as far as it can be compared: needs classes have other names, seconds differ."""
     waiting = snapshot["waiting"]
     names = ("job_id", "run_id", "attempt", "hinted_worker_id", "pending_reason", "owner", "ceiling_per_hour")
     pods = [
-        {name: pod[name] for name in ("id", "status", "pod_id", "run_id", "host", "cuda", "reason", "shutdown_requested")}
-        | {name: _rough(pod[name]) for name in ("age_seconds", "idle_seconds", "overdue_seconds", "silent_seconds")}
+        {
+            name: pod[name]
+            for name in ("id", "status", "pod_id", "run_id", "host", "cuda", "reason", "shutdown_requested")
+        }
+        | {
+            name: _rough(pod[name])
+            for name in ("age_seconds", "idle_seconds", "overdue_seconds", "silent_seconds")
+        }
         for pod in snapshot["pods"]
     ]
     return {
         "waiting": [{name: row[name] for name in names} for row in waiting],
         "total": snapshot["waiting_total"],
         "released": snapshot["released"],
-        "fitting": {row["job_id"]: sorted(snapshot["fitting"].get(row["needs_class"], [])) for row in waiting},
+        "fitting": {
+            row["job_id"]: sorted(snapshot["fitting"].get(row["needs_class"], [])) for row in waiting
+        },
         "pods": sorted(pods, key=lambda pod: str(pod["id"])),
-        "refusals": {name: (row["failures"], _rough(row["seconds_left"])) for name, row in snapshot["refusals"].items()},
+        "refusals": {
+            name: (row["failures"], _rough(row["seconds_left"])) for name, row in snapshot["refusals"].items()
+        },
         "unmirrored": sorted(row["run_id"] for row in snapshot["unmirrored"]),
     }
 
@@ -174,7 +207,9 @@ def _difference(expected: object, found: object) -> str:
             if expected[key] != found[key]:
                 return f"{key}: " + _difference(expected[key], found[key])
     if isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
-        return next(_difference(one, other) for one, other in zip(expected, found, strict=True) if one != other)
+        return next(
+            _difference(one, other) for one, other in zip(expected, found, strict=True) if one != other
+        )
     return f"model {expected!r}, real {found!r}"
 
 
@@ -182,7 +217,7 @@ def _speaker(both: Both, pod: str) -> Speaker:
     """A pod with its session, which it gets at first use."""
     session = f"session of {pod}"
     both.model.redeem(pod, bootstrap_hash(pod), session)
-    both._callers.pod(pod)  # noqa: SLF001
+    both._callers.pod(pod)
     return Speaker("pod", pod, session)
 
 
@@ -191,8 +226,16 @@ def submit(both: Both) -> None:
     held = both.model.jobs.get(name)
     draw = Random(name)
     needs = {} if held else draw.choice(NEEDS)
-    job = {"id": name, "type": "probe", "entrypoint": "true", "docker_image": IMAGE, "params": {},
-           "model": draw.choice([None, "m"]), "priority": draw.randint(0, 1), "retries": draw.randint(0, 2)}  # fmt: skip
+    job: Row = {
+        "id": name,
+        "type": "probe",
+        "entrypoint": "true",
+        "docker_image": IMAGE,
+        "params": {},
+        "model": draw.choice([None, "m"]),
+        "priority": draw.randint(0, 1),
+        "retries": draw.randint(0, 2),
+    }
     both.call(_user(both), "submit_job", job={**job, **needs})
 
 
@@ -205,17 +248,36 @@ def create_flow_runs(both: Both) -> None:
     for job in both.model.waiting.values():
         if both.random.random() < 0.7:
             attempt = job.attempt - (both.random.random() < 0.1)
-            both.call(CONTROL, "record_flow_run", for_job=job.id, for_attempt=attempt, flow_run=_id(both),
-                      ceiling=both.random.choice([None, None, 0.5]))  # fmt: skip
+            both.call(
+                CONTROL,
+                "record_flow_run",
+                for_job=job.id,
+                for_attempt=attempt,
+                flow_run=_id(both),
+                ceiling=both.random.choice([None, None, 0.5]),
+            )
 
 
 def buy(both: Both) -> None:
     name = f"pod-{len(both.model.pods) if both.random.random() < 0.9 else 0}"
     hardware, vram, price = both.random.choice(HARDWARE)
-    pod = {"id": name, "docker_image": IMAGE, "hardware": hardware, "gpu_type": "g", "gpu_count": 1, "vram_gb": vram,
-           "cloud": both.random.choice(["SECURE", "COMMUNITY"]), "price_per_hour": price, "cuda": "12.8", "vcpu": 0,
-           "ram_gb": 0, "bought_for": both.random.choice([*both.model.jobs, None])}  # fmt: skip
-    both.call(CONTROL, "intend_pod", pod=pod, bootstrap_hash=bootstrap_hash(name), ttl_seconds=900.0, max_pods=4)
+    pod = {
+        "id": name,
+        "docker_image": IMAGE,
+        "hardware": hardware,
+        "gpu_type": "g",
+        "gpu_count": 1,
+        "vram_gb": vram,
+        "cloud": both.random.choice(["SECURE", "COMMUNITY"]),
+        "price_per_hour": price,
+        "cuda": "12.8",
+        "vcpu": 0,
+        "ram_gb": 0,
+        "bought_for": both.random.choice([*both.model.jobs, None]),
+    }
+    both.call(
+        CONTROL, "intend_pod", pod=pod, bootstrap_hash=bootstrap_hash(name), ttl_seconds=900.0, max_pods=4
+    )
 
 
 def record(both: Both) -> None:
@@ -223,8 +285,14 @@ def record(both: Both) -> None:
         name = both.random.choice([*both.model.pods])
         details = both.random.choice([{}, {"host": "h1", "cuda": "12.10"}, {"vcpu": 16, "ram_gb": 128}])
         provider_id = f"p-{name}" if both.random.random() < 0.9 else "p-other"
-        both.call(CONTROL, "record_pod", for_worker=name, provider_id=provider_id, price=both.random.choice([0.4, 1.0]),
-                  details=details)  # fmt: skip
+        both.call(
+            CONTROL,
+            "record_pod",
+            for_worker=name,
+            provider_id=provider_id,
+            price=both.random.choice([0.4, 1.0]),
+            details=details,
+        )
 
 
 def bring_up(both: Both) -> None:
@@ -234,63 +302,122 @@ def bring_up(both: Both) -> None:
         boots = both.boots.setdefault(name, [])
         if not boots or both.random.random() < 0.3:
             boots.append(_id(both))
-        both.call(_speaker(both, name), "register_pod", for_worker=name, as_boot=boots[-1], lease_seconds=120, models=[])
+        both.call(
+            _speaker(both, name),
+            "register_pod",
+            for_worker=name,
+            as_boot=boots[-1],
+            lease_seconds=120,
+            models=[],
+        )
 
 
 def beat(both: Both) -> None:
     for name, boots in both.boots.items():
         if both.random.random() < 0.8:
             boot = boots[-1] if both.random.random() < 0.95 else boots[0]
-            both.call(_speaker(both, name), "renew_lease", for_worker=name, as_boot=boot, lease_seconds=120, models=[])
+            both.call(
+                _speaker(both, name),
+                "renew_lease",
+                for_worker=name,
+                as_boot=boot,
+                lease_seconds=120,
+                models=[],
+            )
 
 
 def open_run(both: Both) -> None:
     for run in [*both.model.runs.values()]:
         if run.status == "pending" and both.boots and both.random.random() < 0.6:
             name = run.hinted if run.hinted in both.boots else both.random.choice([*both.boots])
-            both.call(_speaker(both, name), "open_run", for_run=uuid.UUID(run.id), for_worker=name,
-                      as_boot=both.boots[name][-1])  # fmt: skip
+            both.call(
+                _speaker(both, name),
+                "open_run",
+                for_run=uuid.UUID(run.id),
+                for_worker=name,
+                as_boot=both.boots[name][-1],
+            )
 
 
 def finish(both: Both) -> None:
     for run in [*both.model.runs.values()]:
         if run.worker_id in both.boots and run.boot is not None and both.random.random() < 0.4:
             result = both.random.choice(["completed", "failed", "failed", "lost", "canceled"])
-            both.call(_speaker(both, run.worker_id), "finish_run", for_run=uuid.UUID(run.id), as_boot=uuid.UUID(run.boot),
-                      result=result, why=None if result == "completed" else result, result_outputs={"a": 1})  # fmt: skip
+            both.call(
+                _speaker(both, run.worker_id),
+                "finish_run",
+                for_run=uuid.UUID(run.id),
+                as_boot=uuid.UUID(run.boot),
+                result=result,
+                why=None if result == "completed" else result,
+                result_outputs={"a": 1},
+            )
 
 
 def log(both: Both) -> None:
     for run in [*both.model.runs.values()]:
         if run.worker_id in both.boots and run.boot is not None and both.random.random() < 0.3:
-            both.call(_speaker(both, run.worker_id), "append_events", for_run=uuid.UUID(run.id), as_boot=uuid.UUID(run.boot),
-                      first_sequence=0, batch=[{"data": {"x": 1}}])  # fmt: skip
+            both.call(
+                _speaker(both, run.worker_id),
+                "append_events",
+                for_run=uuid.UUID(run.id),
+                as_boot=uuid.UUID(run.boot),
+                first_sequence=0,
+                batch=[{"data": {"x": 1}}],
+            )
 
 
 def hint(both: Both) -> None:
     pending = [run.id for run in both.model.runs.values() if run.status == "pending"]
     if pending and both.model.alive:
-        both.call(CONTROL, "hint_runs", hints={both.random.choice(pending): both.random.choice([*both.model.alive])})
+        both.call(
+            CONTROL, "hint_runs", hints={both.random.choice(pending): both.random.choice([*both.model.alive])}
+        )
 
 
 def judge(both: Both) -> None:
     alive = [*both.model.alive]
-    what = both.random.choice(["lose_pod", "end_pod", "expire_leases", "fail_job", "note_refusal", "clear_refusal",
-                               "mark_mirrored", "known_pods", "record_duplicate", "set_pending_reasons", "set_ceilings"])  # fmt: skip
+    what = both.random.choice(
+        [
+            "lose_pod",
+            "end_pod",
+            "expire_leases",
+            "fail_job",
+            "note_refusal",
+            "clear_refusal",
+            "mark_mirrored",
+            "known_pods",
+            "record_duplicate",
+            "set_pending_reasons",
+            "set_ceilings",
+        ]
+    )
     name = both.random.choice([*both.model.pods, "pod-none"])
     jobs = [*both.model.jobs, "job-none"]
     arguments: dict[str, Callable[[], Row]] = {
         "lose_pod": lambda: {"for_worker": name, "why": "dead", "counts": both.random.random() < 0.7},
-        "end_pod": lambda: {"for_worker": name, "why": "gone", "billed_seconds_ago": both.random.choice([0.0, 5.0, 100.0])},
+        "end_pod": lambda: {
+            "for_worker": name,
+            "why": "gone",
+            "billed_seconds_ago": both.random.choice([0.0, 5.0, 100.0]),
+        },
         "expire_leases": lambda: {"silent": both.random.choice([alive, alive[:1], None])},
         "fail_job": lambda: {"for_job": both.random.choice(jobs), "why": "never"},
-        "note_refusal": lambda: {"subject": both.random.choice("ab"), "why": "no", "seconds": both.random.choice(SECONDS)},
+        "note_refusal": lambda: {
+            "subject": both.random.choice("ab"),
+            "why": "no",
+            "seconds": both.random.choice(SECONDS),
+        },
         "clear_refusal": lambda: {"subject": both.random.choice("ab")},
         "mark_mirrored": lambda: {"run_ids": [uuid.UUID(run) for run in list(both.model.runs)[:3]]},
         "known_pods": lambda: {"worker_ids": ["pod-0", "pod-1", "pod-none"]},
         "record_duplicate": lambda: {"for_worker": name, "price": 0.4, "seconds": 20.0},
-        "set_ceilings": lambda: {"ceilings": {run: both.random.choice([None, 0.5, 2.0]) for run in both.model.runs}},
-        "set_pending_reasons": lambda: {"reasons": {both.random.choice(jobs): both.random.choice(["x", "y"])}},
+        "set_ceilings": lambda: {
+            "ceilings": {run: both.random.choice([None, 0.5, 2.0]) for run in both.model.runs}
+        },
+        "set_pending_reasons": lambda: {
+            "reasons": {both.random.choice(jobs): both.random.choice(["x", "y"])}
+        },
     }
     both.call(CONTROL, what, **arguments[what]())
 
@@ -301,14 +428,25 @@ def end_of_pod(both: Both) -> None:
         boot = both.boots[name][-1]
         match both.random.choice(["release", "release", "reject", "shut down", "extend", "abandon"]):
             case "release":
-                both.call(_speaker(both, name), "release_pod", for_worker=name, as_boot=boot, why="idle",
-                          forced=both.random.random() < 0.3)  # fmt: skip
+                both.call(
+                    _speaker(both, name),
+                    "release_pod",
+                    for_worker=name,
+                    as_boot=boot,
+                    why="idle",
+                    forced=both.random.random() < 0.3,
+                )
             case "reject":
                 both.call(_speaker(both, name), "reject_pod", for_worker=name, why="GPU 0")
             case "shut down":
                 both.call(_user(both), "request_shutdown", for_worker=name)
             case "extend":
-                both.call(_user(both), "extend_pod", for_worker=name, deadline_seconds=both.random.choice([300.0, 2000.0]))
+                both.call(
+                    _user(both),
+                    "extend_pod",
+                    for_worker=name,
+                    deadline_seconds=both.random.choice([300.0, 2000.0]),
+                )
             case _:
                 for run in [*both.model.runs.values()][-2:]:
                     both.call(CONTROL, "abandon_run", for_run=uuid.UUID(run.id), why="deleted")
@@ -326,9 +464,35 @@ def _id(both: Both) -> uuid.UUID:
     return uuid.UUID(int=both.random.getrandbits(128))
 
 
-MOVES = [submit, submit, submit, restart_or_cancel, create_flow_runs, create_flow_runs, buy, buy, record, bring_up,
-         bring_up, bring_up, beat, beat, beat, open_run, open_run, open_run, finish, finish, log, hint, judge, judge,
-         end_of_pod, pass_time, pass_time]  # fmt: skip
+MOVES = [
+    submit,
+    submit,
+    submit,
+    restart_or_cancel,
+    create_flow_runs,
+    create_flow_runs,
+    buy,
+    buy,
+    record,
+    bring_up,
+    bring_up,
+    bring_up,
+    beat,
+    beat,
+    beat,
+    open_run,
+    open_run,
+    open_run,
+    finish,
+    finish,
+    log,
+    hint,
+    judge,
+    judge,
+    end_of_pod,
+    pass_time,
+    pass_time,
+]
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -84,13 +84,19 @@ def _blind(waiting: Any, pods: Sequence[placement.Pod], **rest: Any) -> placemen
 MUTANTS: dict[str, tuple[dict[str, Any], list[str], Any]] = {
     "retries a create": ({"retries": True}, ["create: unclear, made"], nullcontext()),
     "never fences itself": ({"agent_class": NeverFences}, ["pod: cut off"], nullcontext()),
-    "trusts every list": ({"fleet_class": TrustsEveryList}, ["list: truncated", "list: empty"], nullcontext()),
+    "trusts every list": (
+        {"fleet_class": TrustsEveryList},
+        ["list: truncated", "list: empty"],
+        nullcontext(),
+    ),
     "ends what looks like ours": ({"fleet_class": EndsWhatLooksLikeOurs}, ["list: failed"], nullcontext()),
     "leaves duplicates": ({"fleet_class": LeavesDuplicates}, ["create: two made"], nullcontext()),
     "ignores starting pods": (
-        {}, ["list: failed"], mock.patch("openweights_prefect.worker.observer.place", _blind)
+        {},
+        ["list: failed"],
+        mock.patch("openweights_prefect.worker.observer.place", _blind),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.timeout(600)

@@ -1,6 +1,8 @@
 """Scheduler, reaper, agents and a provider in virtual time, with everything that can go wrong, seed by seed.
 
-One seed again, with its whole trace: `OW_TEST_SEED=17 python -m pytest tests/simulation/test_simulation.py -k one`.
+One seed again, with its trace:
+
+    OW_TEST_SEED=17 python -m pytest tests/simulation/test_simulation.py -k one -s
 """
 
 from __future__ import annotations
@@ -21,17 +23,59 @@ TRACE_LINES = 60
 
 # What must be reached in all seeds together, so that what is seen above means something.
 SOMETIMES = [
-    "create: unclear, made", "create: unclear, nothing made", "create: unclear, two made", "create: two made",
-    "create: rate limited", "create: no capacity", "list: failed", "list: truncated", "list: empty",
-    "delete: failed", "delete: failed after it was done", "delete: ignored", "boot: never allocated",
-    "boot: pull stuck", "boot: slow pull", "boot: driver too old", "boot: error", "boot: image missing",
-    "pod: exited", "pod: vanished", "pod: failed", "pod: preempted", "pod: container restarted", "pod: frozen",
-    "pod: cut off", "pod: ended itself", "ledger away", "ledger clock jumps", "Prefect away", "provider down",
-    "key revoked", "no funds", "no stock", "pods hidden", "worker killed", "worker paused", "an answer was lost",
-    "the ledger did not answer", "agent: flow run gone", "agent: bad GPU", "agent: memory stays",
-    "agent: refused at the door", "announced: adopted", "announced: lost", "announced: ended", "deadman",
-    "cancel", "restart", "shut down", "extend", "cancel in Prefect", "delete in Prefect",
-]  # fmt: skip
+    "create: unclear, made",
+    "create: unclear, nothing made",
+    "create: unclear, two made",
+    "create: two made",
+    "create: rate limited",
+    "create: no capacity",
+    "list: failed",
+    "list: truncated",
+    "list: empty",
+    "delete: failed",
+    "delete: failed after it was done",
+    "delete: ignored",
+    "boot: never allocated",
+    "boot: pull stuck",
+    "boot: slow pull",
+    "boot: driver too old",
+    "boot: error",
+    "boot: image missing",
+    "pod: exited",
+    "pod: vanished",
+    "pod: failed",
+    "pod: preempted",
+    "pod: container restarted",
+    "pod: frozen",
+    "pod: cut off",
+    "pod: ended itself",
+    "ledger away",
+    "ledger clock jumps",
+    "Prefect away",
+    "provider down",
+    "key revoked",
+    "no funds",
+    "no stock",
+    "pods hidden",
+    "worker killed",
+    "worker paused",
+    "an answer was lost",
+    "the ledger did not answer",
+    "agent: flow run gone",
+    "agent: bad GPU",
+    "agent: memory stays",
+    "agent: refused at the door",
+    "announced: adopted",
+    "announced: lost",
+    "announced: ended",
+    "deadman",
+    "cancel",
+    "restart",
+    "shut down",
+    "extend",
+    "cancel in Prefect",
+    "delete in Prefect",
+]
 
 
 def run_seed(seed: int) -> World:
@@ -54,7 +98,9 @@ def test_invariants_hold_whatever_goes_wrong(chunk: int) -> None:
     for seed in range(chunk, SEEDS, CHUNKS):
         reached += run_seed(seed).watch.counts
     # A chunk of the suite's default size sees most of it; all of it is asked for below.
-    assert len([what for what in SOMETIMES if reached[what]]) >= min(len(SOMETIMES) * 2 // 3, 2 * SEEDS // CHUNKS)
+    assert len([what for what in SOMETIMES if reached[what]]) >= min(
+        len(SOMETIMES) * 2 // 3, 2 * SEEDS // CHUNKS
+    )
 
 
 @pytest.mark.timeout(900)

@@ -1,7 +1,7 @@
 """An asyncio loop in virtual time, and processes on it that can be paused and killed at any await.
 
-When nothing is ready, the clock jumps to the next timer. Nothing sleeps and no thread runs: `asyncio.to_thread`
-calls its function on the loop, after and before a virtual latency.
+When nothing is ready, the clock jumps to the next timer. Nothing sleeps and no thread runs:
+`asyncio.to_thread` calls its function on the loop, after and before a virtual latency.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Runaway(AssertionError):
     """Callbacks go on and on while the clock does not."""
 
 
-class Again(Exception):  # noqa: N818
-    """Raised by what is called in a thread: it tries again so many seconds later, without a word to its caller."""
+class Again(Exception):
+    """Raised by what is called in a thread: it is called again so many seconds later."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__(seconds)
@@ -120,7 +120,7 @@ class _Numbered:
 
     def __init__(self, *args: Any, loop: VirtualLoop, **kwargs: Any) -> None:
         self._number = next(loop.numbers)
-        super().__init__(*args, loop=loop, **kwargs)
+        super().__init__(*args, loop=loop, **kwargs)  # type: ignore[call-arg]
 
     def __hash__(self) -> int:
         return self._number
@@ -195,12 +195,12 @@ class VirtualLoop(asyncio.BaseEventLoop):
             raise Runaway(f"{self._at_this_moment} callbacks at {self._now:.3f} s")
         for _ in range(count):
             handle = ready.popleft()
-            if not handle._cancelled:  # type: ignore[attr-defined]
-                handle._run()  # type: ignore[attr-defined]
+            if not handle._cancelled:
+                handle._run()
 
     def _advance(self, ready: deque[events.Handle]) -> None:
         timers = self._timers
-        while timers and timers[0][2]._cancelled:  # type: ignore[attr-defined]
+        while timers and timers[0][2]._cancelled:
             heapq.heappop(timers)
         if not timers:
             raise DeadLock(f"nothing will ever happen after {self._now:.3f} s")
@@ -220,7 +220,9 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self.add_ready(handle)
         return handle
 
-    def call_at(self, when: float, callback: Any, *args: Any, context: Any = None) -> Any:
+    def call_at(  # type: ignore[override]
+        self, when: float, callback: Any, *args: Any, context: Any = None
+    ) -> Any:
         timer = _TimerHandle(when, callback, args, self, context)
         heapq.heappush(self._timers, (when, next(self.numbers), timer))
         return timer
@@ -239,7 +241,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         """Nobody else could wake this loop."""
 
     def run_in_executor(self, executor: Any, func: Any, *args: Any) -> asyncio.Future[Any]:  # type: ignore[override]
-        """Call the function on the loop: a way there, the call, a way back; who was killed meanwhile hears nothing."""
+        """Call the function on the loop: a way there, the call, a way back."""
         answer = self.create_future()
         process, since = current_process(), self._now
         own, world = contextvars.copy_context(), contextvars.copy_context()

@@ -21,8 +21,15 @@ LOOK_SECONDS = 5.0
 _RECENT_SECONDS = 20.0
 NEEDLESS_PODS = 2
 """So many more than jobs may be on their way: who fits whom is not solved to the optimum."""
-QUIET = {"control_snapshot", "renew_lease", "append_events", "expire_scripts", "known_runs", "publish_catalogue",
-         "expire_events"}  # fmt: skip
+QUIET = {
+    "control_snapshot",
+    "renew_lease",
+    "append_events",
+    "expire_scripts",
+    "known_runs",
+    "publish_catalogue",
+    "expire_events",
+}
 UNTOLD = {"bootstrap_hash", "pod", "models", "lease_seconds", "ttl_seconds", "details", "batch"}
 
 
@@ -123,14 +130,16 @@ class Watch:
                 found.thawed_at = self.now()
 
     def look_at_jobs(self) -> None:
-        """One executor at most of each job, and it holds the lease; a thawed one has a moment to see that it does not."""
+        """One executor at most of each job; a thawed one has a moment to see that it is late."""
         by_job: dict[str, Executing] = {}
         for found in self.executing.values():
             if found.process.paused or self._may_be_zombie(found):
                 continue
             if found.job_id in by_job:
                 other = by_job[found.job_id]
-                self.fail(f"job {found.job_id} is executed by {found.worker_id} and {other.worker_id} at once")
+                self.fail(
+                    f"job {found.job_id} is executed by {found.worker_id} and {other.worker_id} at once"
+                )
             by_job[found.job_id] = found
 
     def job_moves(self, job: Job, status: str) -> None:
@@ -196,7 +205,7 @@ class Watch:
             if overdue > 0 and not able:
                 self._unable_after[pod.id] = self._unable_after.get(pod.id, 0.0) + LOOK_SECONDS
             if overdue - self._unable_after.get(pod.id, 0.0) > DEADLINE_GRACE_SECONDS:
-                self.fail(f"pod {pod.request.name} ({pod.id}, row {row.status}) is {overdue:.0f} s past its deadline")
+                self.fail(f"pod {pod.request.name} ({pod.id}, row {row.status}) is {overdue:.0f} s overdue")
         self._look_for_unexplained(able)
         self.look_at_jobs()
 
@@ -206,12 +215,16 @@ class Watch:
         self.orphan_seconds += LOOK_SECONDS
         self.reached("an orphan was seen")
         if self.orphan_seconds > ORPHAN_SECONDS:
-            self.fail(f"{self.orphan_seconds:.0f} orphan pod-seconds, the last of {pod.id} ({pod.request.name})")
+            self.fail(
+                f"{self.orphan_seconds:.0f} orphan pod-seconds, the last of {pod.id} ({pod.request.name})"
+            )
 
     def _look_for_unexplained(self, able: bool) -> None:
         for job in self.ledger.waiting.values():
             run = self.ledger.attempts.get((job.id, job.attempt))
-            hinted = run is not None and run.hinted_at is not None and run.hinted_at > self.ledger.clock() - 10
+            hinted = (
+                run is not None and run.hinted_at is not None and run.hinted_at > self.ledger.clock() - 10
+            )
             if job.pending_reason or hinted or not able:
                 self._unexplained.pop(job.id, None)
                 continue
@@ -219,4 +232,6 @@ class Watch:
             if seconds > UNEXPLAINED_SECONDS:
                 self.fail(f"job {job.id} waits {seconds:.0f} s without a reason")
         if len(self._unexplained) > len(self.ledger.waiting):
-            self._unexplained = {name: s for name, s in self._unexplained.items() if name in self.ledger.waiting}
+            self._unexplained = {
+                name: s for name, s in self._unexplained.items() if name in self.ledger.waiting
+            }

@@ -6,14 +6,17 @@ import asyncio
 import dataclasses
 import hashlib
 import logging
-from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import ExitStack
+import traceback
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from random import Random
 from typing import Any
 from unittest import mock
 
-from openweights_prefect.errors import LedgerUnavailable
+import httpx
+
+from openweights_prefect.errors import LedgerUnavailable, OpenWeightsError
 from openweights_prefect.ledger.identity import hash_secret
 from openweights_prefect.pod.agent import Agent
 from openweights_prefect.settings import Settings
@@ -23,7 +26,7 @@ from openweights_prefect.worker.purchases import Purchases
 from tests.simulation.chaos import Weather, storm
 from tests.simulation.model_flow_runs import ModelFlowRuns
 from tests.simulation.model_ledger import CONTROL, ORGANIZATION, ModelLedger, Speaker
-from tests.simulation.model_pod import SimContainer
+from tests.simulation.model_pod import AgentDied, SimContainer
 from tests.simulation.model_provider import ModelProvider, SimPod
 from tests.simulation.model_rows import FINAL, Job, Row
 from tests.simulation.people import IMPOSSIBLE, People, Plan
@@ -37,8 +40,42 @@ COST_SECONDS = 60.0
 """By so much the ledger's bill of a pod may be wrong while both sides can be reached."""
 
 # Rounds that change nothing cost most of the time here.
-SLOWER = [("worker.observer", "_PASS_SECONDS", 4.0), ("worker.observer", "_AGREE_SECONDS", 6.0),
-          ("pod.agent", "_WATCH_SECONDS", 2.0)]  # fmt: skip
+SLOWER = [
+    ("worker.observer", "_PASS_SECONDS", 4.0),
+    ("worker.observer", "_AGREE_SECONDS", 6.0),
+    ("pod.agent", "_WATCH_SECONDS", 2.0),
+]
+
+
+class _Ear(logging.Handler):
+    """Hears of errors that the edges of the real loops catch and log: each is a bug that we did not make."""
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__(logging.ERROR)
+        self._watch = watch
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        if error is not None and not isinstance(
+            error, (AgentDied, OpenWeightsError, AssertionError, httpx.HTTPError)
+        ):
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            self._watch.fail(f"{record.getMessage()}: {error!r} at {where.filename}:{where.lineno}")
+
+
+@contextmanager
+def _overheard(watch: Watch) -> Iterator[None]:
+    logger, ear = logging.getLogger("openweights_prefect"), _Ear(watch)
+    before = logger.level, logger.propagate
+    logger.addHandler(ear)
+    logger.setLevel(logging.ERROR)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(ear)
+        logger.level, logger.propagate = before
+        logger.setLevel(before[0])
 
 
 class WatchedLedger(ModelLedger):
@@ -124,7 +161,10 @@ class World:
         self.ledger.budget = self.random.choice([None, None, None, 40.0, 400.0])
         self.flow_runs = ModelFlowRuns(self.random)
         self.provider = ModelProvider(
-            random=self.random, witness=self.watch, now=self.epoch, container=lambda pod: SimContainer(self, pod)
+            random=self.random,
+            witness=self.watch,
+            now=self.epoch,
+            container=lambda pod: SimContainer(self, pod),
         )
         self.people = People(self, self.random)
         self.watch.ledger, self.watch.provider = self.ledger, self.provider
@@ -175,9 +215,8 @@ class World:
 
     def run(self) -> Watch:
         """Let the seed happen; raises `Violation` where an invariant breaks."""
-        logging.disable(logging.CRITICAL)
         with ExitStack() as stack:
-            stack.callback(logging.disable, logging.NOTSET)
+            stack.enter_context(_overheard(self.watch))
             stack.enter_context(seeded_entropy(Random(self.random.getrandbits(64))))
             stack.enter_context(
                 mock.patch("openweights_prefect.worker.observer.notifications", self.notifications)
@@ -229,7 +268,7 @@ class World:
             waiting.clear()
         faults.down = faults.revoked = faults.no_funds = False
         faults.hides_seconds = 0.0
-        self.ledger_down = self.losing_answers = self.flow_runs.down = False
+        self.ledger_down = self.losing_answers = self.flow_runs.down = self.flow_runs.paused = False
         self.ledger.budget = None
         self._cut_until.clear()
         for number, process in self._workers.items():
@@ -253,9 +292,13 @@ class World:
     def _open_jobs(self) -> list[Job]:
         """Those that are neither finished nor impossible with a reason."""
         return [
-            job for job in self.ledger.jobs.values() if job.status not in FINAL
-            and not (self.people.kinds[job.id] in IMPOSSIBLE and job.status == "pending" and job.pending_reason)
-        ]  # fmt: skip
+            job
+            for job in self.ledger.jobs.values()
+            if job.status not in FINAL
+            and not (
+                self.people.kinds[job.id] in IMPOSSIBLE and job.status == "pending" and job.pending_reason
+            )
+        ]
 
     def _check_end(self) -> None:
         watch, ledger = self.watch, self.ledger
@@ -275,7 +318,9 @@ class World:
             wrong = (cost - bill) / price * 3600 if price else 0.0
             self.watch.bill_errors.append(wrong)
             if abs(wrong) > COST_SECONDS + self.watch.blind_seconds(pods):
-                self.watch.fail(f"the bill of {row.id} is {bill:.4f}, the ledger says {cost:.4f}: {wrong:.0f} s")
+                self.watch.fail(
+                    f"the bill of {row.id} is {bill:.4f}, the ledger says {cost:.4f}: {wrong:.0f} s"
+                )
 
     # Workers ---------------------------------------------------------------------------------------
 
@@ -290,13 +335,19 @@ class World:
                 provider=provider, ledger=ledger, settings=self.settings, announce=self._announce
             )
             fleet = self.fleet_class(
-                provider=provider, ledger=ledger, settings=self.settings, purchases=purchases,
-                announce=self._announce,
-            )  # fmt: skip
-            observer = self.observer_class(
-                ledger=ledger, flow_runs=self.flow_runs, purchases=purchases, fleet=fleet,
+                provider=provider,
+                ledger=ledger,
                 settings=self.settings,
-            )  # fmt: skip
+                purchases=purchases,
+                announce=self._announce,
+            )
+            observer = self.observer_class(
+                ledger=ledger,
+                flow_runs=self.flow_runs,  # type: ignore[arg-type]
+                purchases=purchases,
+                fleet=fleet,
+                settings=self.settings,
+            )
         process.start(self._serve(observer))
         self.watch.note(f"{process.name} starts")
 
@@ -312,7 +363,11 @@ class World:
 
     def kill_worker(self) -> None:
         """SIGKILL at some await of the next seconds, and another one a while later."""
-        alive = [number for number, process in self._workers.items() if process.alive and process.dies_after is None]
+        alive = [
+            number
+            for number, process in self._workers.items()
+            if process.alive and process.dies_after is None
+        ]
         if not alive:
             return
         number = self.random.choice(alive)
@@ -427,6 +482,10 @@ class World:
 
     def prefect_away(self, seconds: float) -> None:
         self._passing(self.flow_runs, "down", seconds)
+
+    def pause_pool(self, seconds: float) -> None:
+        """Somebody pauses the work pool."""
+        self._passing(self.flow_runs, "paused", seconds)
 
     def no_stock(self, seconds: float) -> None:
         """Some offers, or all, cannot be had."""

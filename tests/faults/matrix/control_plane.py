@@ -10,7 +10,7 @@ import contextlib
 import json
 import random
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -19,6 +19,7 @@ from psycopg.rows import dict_row
 
 from openweights_prefect.errors import OpenWeightsError
 from openweights_prefect.ledger.protocol import Ledger, Row
+from openweights_prefect.orchestration.queues import PoolState
 from openweights_prefect.provisioning.runpod.client import RunPodClient
 from openweights_prefect.settings import LOCAL_ORGANIZATION_ID, Settings
 from openweights_prefect.simulator.server import SimulatorServer
@@ -38,6 +39,22 @@ BILL_SECONDS = 3.0
 MOST_ORPHAN_SECONDS = 120.0
 
 T = TypeVar("T")
+
+
+class FlowRuns(ModelFlowRuns):
+    """Prefect's side, where nobody paused or ended anything."""
+
+    async def pool_state(self, pool: str) -> PoolState:
+        return PoolState(paused=False, paused_queues=frozenset(), concurrency_limit=None)
+
+    async def held_back(self, state: PoolState, flow_run_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, str]:
+        return {}
+
+    async def ended_among(self, flow_run_ids: Sequence[uuid.UUID]) -> list[uuid.UUID]:
+        return []
+
+    async def restore(self, flow_run_id: uuid.UUID) -> None:
+        raise AssertionError("nobody ended anything")
 
 
 class ControlPlane:
@@ -60,7 +77,7 @@ class ControlPlane:
             min_cuda="",
             **{"max_workers": MAX_WORKERS, "first_log_seconds": 60, "boot_seconds": 600, **settings},
         )
-        self.flow_runs = ModelFlowRuns(random.Random(0))
+        self.flow_runs = FlowRuns(random.Random(0))
         self.provider = RunPodClient(base_url=runpod.rest, api_key=runpod.api_key)
         self.bill_seconds = BILL_SECONDS
         self._before = self._Baseline(runpod)
@@ -195,6 +212,10 @@ class ControlPlane:
             await asyncio.sleep(0.05)
         return seen
 
+    async def all_bought(self) -> None:
+        """Wait for the purchases that are under way."""
+        await asyncio.gather(*self.observer._buying.values())
+
     # What there is -------------------------------------------------------------------------------
 
     def sql(self, statement: str, *values: Any) -> list[Row]:
@@ -299,11 +320,19 @@ class ControlPlane:
         found: list[str] = self.runpod.control("POST", "scan", {"paths": [str(logs)]})["leaks"]
         return found
 
+    def created(self) -> list[str]:
+        """The provider's ids of all pods of this test, in the order in which they were rented."""
+        created = [entry for entry in self._journal() if entry["event"] == "pod_created"]
+        return [entry["pod"] for entry in created if entry["owner"] == "client"]
+
+    def _journal(self) -> list[Row]:
+        entries: list[Row] = self.runpod.control("GET", f"journal?after={self._before.journal}")["entries"]
+        return entries
+
     def _most_at_once(self) -> int:
-        entries = self.runpod.control("GET", f"journal?after={self._before.journal}")["entries"]
         alive: set[str] = set()
         most = 0
-        for entry in entries:
+        for entry in self._journal():
             if entry["event"] == "pod_created" and entry["owner"] == "client":
                 alive.add(entry["pod"])
             elif entry["event"] == "pod_gone" or entry.get("phase") == "terminated":

@@ -45,7 +45,7 @@ async def test_row_02_create_answers_500_but_the_pod_exists(plane: ControlPlane,
     plane.submit()
     [row] = await plane.until(lambda: [row for row in plane.living() if row["pod_id"]], "the pod is adopted")
     assert plane.bought() == [row["pod_id"]]
-    assert ("adopted", row["id"]) in plane.announced
+    assert row["status"] == "starting"
 
 
 @pytest.mark.parametrize("fault", ["created_but_timeout", "created_but_reset"])
@@ -78,13 +78,39 @@ async def test_row_03_a_pod_that_shows_up_late_is_ended(plane: ControlPlane) -> 
     reason="a pass between create and its record ends the pod of the answer; the other one is then foreign",
 )
 async def test_row_04_two_pods_for_one_create(plane: ControlPlane) -> None:
-    """The one in the answer is kept, the other is ended, and both are paid for."""
+    """One is kept, the other ended, and both are paid for, also if the answer comes when both are listed."""
+    plane.extra_pods = 1
+    for _ in range(4):
+        plane.fault("duplicate_create")
+        plane.fault("slow_body", match={"op": "pods.create"}, seconds=0.5)
+        plane.fault("hang", match={"op": "pods.delete"}, seconds=0.8)
+        job, before = plane.submit(), len(plane.created())
+        await plane.until(lambda b=before: len(plane.created()) == b + 2, "two are there")  # type: ignore[misc]
+        await plane.until(lambda: len(plane.rented()) == 1, "one of two is left")
+        await plane.all_bought()
+        assert plane.rented() == [row["pod_id"] for row in plane.living()]
+        answered, other = plane.created()[before:]
+        print("PAIR", answered > other, plane.announced, plane.rows())
+        if answered > other:
+            return  # by its id, the other one looks like the one to keep
+        plane.callers.call("cancel_job", job_id=job)
+        await plane.wind_down()
+
+
+@pytest.mark.xfail(
+    strict=True, reason="a pod with the name of a row of another pod counts as somebody else's"
+)
+async def test_row_04_the_second_pod_shows_up_when_the_first_has_ended(plane: ControlPlane) -> None:
+    """It is ours by its name and its image, and it is ended as well."""
     plane.extra_pods = 1
     plane.fault("duplicate_create")
-    plane.submit()
-    await plane.until(lambda: len(plane.bought()) == 2 and len(plane.rented()) == 1, "one of two is left")
-    [row] = plane.living()
-    assert plane.rented() == [row["pod_id"]]
+    plane.fault("visibility", match={"nth": 2}, seconds=3)
+    job = plane.submit()
+    [row] = await plane.until(lambda: [row for row in plane.living() if row["pod_id"]], "a pod is bought")
+    plane.callers.call("cancel_job", job_id=job)
+    plane.callers.call("lose_pod", for_worker=row["id"], why="by the test")
+    await plane.until(lambda: not plane.living(), "it has ended")
+    await plane.until(lambda: not plane.rented(), "the other one is ended too", seconds=8)
 
 
 @pytest.mark.parametrize("fault", ["pull_missing", "pull_auth"])

@@ -91,7 +91,7 @@ def test_row_11_a_pod_is_preempted(row: Stack, ow: OpenWeights) -> None:
     job = ow.command.create(tag=row.tag("preempt"), command=_SAVES)
     eventually(lambda: begun(job), 60, "it runs")
     first = job.runs[0].id
-    strike(row, job, "preempt", grace_s=6)
+    strike(row, job, "preempt", grace_s=3)
     eventually(
         lambda: len(job.runs) == 2 and job.runs[1].status == "in_progress", 90, "the second attempt runs"
     )
@@ -209,7 +209,7 @@ def test_row_51_nothing_gets_in(row: Stack, ow: OpenWeights) -> None:
     [
         pytest.param(0, id="for a moment"),
         pytest.param(
-            12,
+            15,
             id="for longer",
             marks=pytest.mark.xfail(
                 strict=True, reason="three runs are lost in seconds, and then the job fails"
