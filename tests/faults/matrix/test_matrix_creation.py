@@ -90,7 +90,6 @@ async def test_row_04_two_pods_for_one_create(plane: ControlPlane) -> None:
         await plane.all_bought()
         assert plane.rented() == [row["pod_id"] for row in plane.living()]
         answered, other = plane.created()[before:]
-        print("PAIR", answered > other, plane.announced, plane.rows())
         if answered > other:
             return  # by its id, the other one looks like the one to keep
         plane.callers.call("cancel_job", job_id=job)
