@@ -14,6 +14,7 @@ from openweights_prefect.ledger.protocol import Ledger, Row
 from openweights_prefect.pod import folder as folders
 from openweights_prefect.pod.ending import Ending
 from openweights_prefect.pod.library import Library
+from openweights_prefect.pod.outage import upload_until_stored
 from openweights_prefect.pod.redaction import Redaction
 from openweights_prefect.pod.server import Answer
 from openweights_prefect.pod.shipping import Shipper
@@ -70,7 +71,7 @@ class Answers:
 
     async def _upload(self, path: str, purpose: str, name: str) -> dict[str, Any]:
         shown = self.redaction.text(name)
-        return {"file": await asyncio.to_thread(self.library.upload, path, purpose=purpose, name=shown)}
+        return {"file": await upload_until_stored(self.library, path, purpose=purpose, name=shown)}
 
     async def _get_file(self, id: str) -> dict[str, Any]:
         return {"file": await asyncio.to_thread(self.library.describe, id)}
@@ -120,7 +121,7 @@ class Answers:
         files = []
         for found, path in uploads:
             name = self.redaction.text(found)
-            row = await asyncio.to_thread(self.library.upload, str(path), purpose="result", name=name)
+            row = await upload_until_stored(self.library, str(path), purpose="result", name=name)
             files.append({"path": name, "file": row["id"]})
         return {"files": files, "intent": self.ending.intent}
 

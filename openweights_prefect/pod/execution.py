@@ -14,6 +14,7 @@ from uuid import UUID
 from prefect.client.schemas.objects import FlowRun
 
 from openweights_prefect.errors import OpenWeightsError
+from openweights_prefect.files.store import FileStoreError
 from openweights_prefect.ledger.keyring import Keyring
 from openweights_prefect.ledger.protocol import Ledger, Row
 from openweights_prefect.orchestration.flow_runs import FlowRunGone, FlowRuns
@@ -24,7 +25,7 @@ from openweights_prefect.pod.ending import Ending
 from openweights_prefect.pod.gpu_check import names_gpu_error
 from openweights_prefect.pod.library import Library
 from openweights_prefect.pod.nursery import Child, Nursery
-from openweights_prefect.pod.outage import call_until_answered
+from openweights_prefect.pod.outage import call_until_answered, upload_until_stored
 from openweights_prefect.pod.processes import RunProcesses
 from openweights_prefect.pod.redaction import Redaction
 from openweights_prefect.pod.secrets import job_secrets
@@ -278,9 +279,13 @@ class Execution:
         if self._redaction:
             path = self._folder.path / "log.redacted"
             await asyncio.to_thread(self._redaction.copy, self._folder.log, path)
-        row = await asyncio.to_thread(
-            self._library.upload, str(path), purpose="log", name=f"{self.run_id}.log"
-        )
+        try:
+            row = await upload_until_stored(
+                self._library, str(path), purpose="log", name=f"{self.run_id}.log"
+            )
+        except FileStoreError as exc:
+            logger.error("The log of run %s is in the ledger alone: %s", self.run_id, exc)
+            return None
         return str(row["id"])
 
     def _start_timeout(self) -> asyncio.TimerHandle | None:

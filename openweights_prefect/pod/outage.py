@@ -1,4 +1,4 @@
-"""Calls of the ledger that outlast its outages: an outage ends a run only by its lease."""
+"""Calls that outlast outages of the ledger and of the file store: an outage ends a run only by its lease."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ import logging
 from typing import Any
 
 from openweights_prefect.errors import LedgerUnavailable
+from openweights_prefect.files.store import FileStoreError
 from openweights_prefect.ledger.protocol import Ledger, Row
+from openweights_prefect.pod.library import Library
 
 logger = logging.getLogger(__name__)
+
+_STORE_SECONDS = 600.0
+_PAUSE_SECONDS = 2.0
 
 
 async def call_until_answered(ledger: Ledger, function: str, **arguments: Any) -> Row:
@@ -27,3 +32,17 @@ async def rows_until_answered(ledger: Ledger, function: str, **arguments: Any) -
             return await asyncio.to_thread(ledger.call, function, **arguments)
         except LedgerUnavailable as exc:
             logger.warning("%s", exc)
+
+
+async def upload_until_stored(library: Library, path: str, *, purpose: str, name: str) -> Row:
+    """Store a file, however often it takes; raises `FileStoreError` when that fails for ten minutes."""
+    clock = asyncio.get_running_loop().time
+    deadline = clock() + _STORE_SECONDS
+    while True:
+        try:
+            return await asyncio.to_thread(library.upload, path, purpose=purpose, name=name)
+        except FileStoreError as exc:
+            if clock() > deadline:
+                raise
+            logger.warning("%r is not stored yet: %s", name, exc)
+        await asyncio.sleep(_PAUSE_SECONDS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from openweights_prefect.types.hardware import Needs
@@ -68,6 +68,8 @@ class Pod:
     price_per_hour: float
     cached_models: tuple[str, ...] = ()
     run_id: str | None = None
+    offer_key: str = ""
+    """The offer that it was bought as; see `Offer.key`."""
     bought_for: str | None = None
     """The job that made it necessary."""
     host: str | None = None
@@ -93,6 +95,7 @@ class Pod:
             price_per_hour=float(row["price_per_hour"]),
             cached_models=tuple(row["cached_models"]),
             run_id=row["run_id"],
+            offer_key=f"{row['gpu_type']}|{row['gpu_count']}|{row['cloud']}",
             bought_for=row["bought_for"],
             host=row["host"],
             reason=row["reason"],
@@ -102,6 +105,11 @@ class Pod:
             overdue_seconds=float(row["overdue_seconds"]),
             silent_seconds=row["silent_seconds"],
         )
+
+    def aged(self, age_seconds: float) -> Pod:
+        """The same pod at another age, and so as far from its deadline as that makes it."""
+        ahead = self.age_seconds - age_seconds
+        return replace(self, age_seconds=age_seconds, overdue_seconds=self.overdue_seconds - ahead)
 
     @property
     def is_idle(self) -> bool:
@@ -131,12 +139,13 @@ def place(
     being_bought: int,
     max_workers: int,
     paused: str | None = None,
+    later: Collection[str] = (),
 ) -> Plan:
     """Point runs, in the order given, at idle pods; count starting pods; buy the rest up to the limit.
 
     `fitting` has the pods that each class of needs fits; the ledger says so, and nobody else. `being_bought`
     pods are on their way to a row in the ledger and count against the limit too. With `paused`, the reason
-    for it, nothing is bought.
+    for it, nothing is bought; for the jobs of `later`, which could not be bought for just now, neither.
     """
     plan = Plan()
     taken = {run.hinted_worker_id for run in waiting if run.freshly_hinted}
@@ -165,6 +174,8 @@ def place(
             plan.reasons[run.job_id] = f"pod {pod.id} ({pod.hardware}) is starting"
         elif paused is not None:
             plan.reasons[run.job_id] = paused
+        elif run.job_id in later:
+            continue  # Whoever tried has said why.
         elif room > 0:
             room -= 1
             plan.purchases.append(run)

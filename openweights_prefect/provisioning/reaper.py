@@ -60,8 +60,8 @@ def counterpart(
 
 def is_missing_for_good(pod: Pod, strikes: int) -> bool:
     """True when so many complete lists in a row without it say that it is gone, or was never created."""
-    if pod.pod_id is None and pod.age_seconds < _UNBORN_SECONDS:
-        return False  # A pod may show up in the list a while after it was created.
+    if (pod.pod_id is None or pod.status == "starting") and pod.age_seconds < _UNBORN_SECONDS:
+        return False  # A pod may show up in lists, and to a question, a while after it was created.
     return strikes >= _STRIKES
 
 

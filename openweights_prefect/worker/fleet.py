@@ -14,12 +14,20 @@ from openweights_prefect.provisioning.placement import Pod
 from openweights_prefect.provisioning.provider import Provider, ProviderPod
 from openweights_prefect.provisioning.runpod.system_log import diagnose
 from openweights_prefect.settings import Settings
-from openweights_prefect.worker.purchases import Announce, Purchases, details_of, pod_name
+from openweights_prefect.worker.purchases import (
+    Announce,
+    Purchases,
+    details_of,
+    image_subject,
+    pod_name,
+)
 
 logger = logging.getLogger(__name__)
 
 _LOG_SECONDS = 20.0
 _BAD_HOST_SECONDS = 6 * 3600.0
+_BAD_OFFER_SECONDS = 60.0
+_BAD_IMAGE_SECONDS = 120.0
 _ALARM_SECONDS = 900.0
 
 
@@ -27,6 +35,8 @@ _ALARM_SECONDS = 900.0
 class _Sighting:
     """What earlier passes saw of one pod. Lost with the worker, which costs seconds, never a pod."""
 
+    first_age: float
+    first_seen: float
     status: str = "starting"
     strikes: int = 0
     """Complete lists in a row without it."""
@@ -34,6 +44,10 @@ class _Sighting:
     logs_read_at: float = float("-inf")
     ending_since: float | None = None
     alarmed: bool = False
+
+    def age(self, now: float, age_seconds: float) -> float:
+        """What the ledger says, unless it has run ahead of our clock since the first sight."""
+        return min(age_seconds, self.first_age + now - self.first_seen)
 
 
 @dataclass
@@ -72,7 +86,12 @@ class Fleet:
     async def reconcile(self, pods: Sequence[Pod]) -> None:
         """Compare the rows with one complete list. One pod's trouble does not keep the others waiting."""
         listed = await self._provider.list()
-        self._seen.pods = {pod.id: self._seen.pods.get(pod.id, _Sighting()) for pod in pods}
+        now = _now()
+        self._seen.pods = {
+            pod.id: self._seen.pods.get(pod.id) or _Sighting(pod.age_seconds, now) for pod in pods
+        }
+        # By our own clock: the ledger's may be set.
+        pods = [pod.aged(self._seen.pods[pod.id].age(now, pod.age_seconds)) for pod in pods]
         # At once, because the logs of many starting pods take their time.
         await asyncio.gather(*(self._look_at(pod, listed) for pod in pods))
         await self._end_orphans(pods, listed)
@@ -85,8 +104,10 @@ class Fleet:
 
     async def _reconcile_pod(self, pod: Pod, listed: Sequence[ProviderPod]) -> None:
         held, extras = reaper.counterpart(pod, self._name(pod.id), listed)
-        for extra in extras:
-            await self._end_duplicate(pod, extra)
+        if pod.pod_id is not None:
+            # Before that it is open which of them the answer to the create will name.
+            for extra in extras:
+                await self._end_duplicate(pod, extra)
         if held is None:
             await self._count_missing(pod)
             return
@@ -159,10 +180,15 @@ class Fleet:
             self._announce("stuck", pod.id, {"runpod_id": held.id, "reason": verdict.why})
 
     async def _lose(self, pod: Pod, held: ProviderPod, verdict: reaper.Verdict) -> None:
-        if verdict.blame == "image" and pod.bought_for is not None:
-            await ask(self._ledger, "fail_job", for_job=pod.bought_for, why=verdict.why)
+        if verdict.blame == "image":
+            await self._purchases.refuse(image_subject(pod.docker_image), verdict.why, _BAD_IMAGE_SECONDS)
+            if pod.bought_for is not None:
+                await ask(self._ledger, "fail_job", for_job=pod.bought_for, why=verdict.why)
         if verdict.blame == "machine":
             await self._avoid_host(pod.host or held.host, verdict.why)
+        if not verdict.counts:
+            # The market tends to sell the same machine again.
+            await self._purchases.refuse(pod.offer_key, verdict.why, _BAD_OFFER_SECONDS)
         counts = verdict.counts and verdict.blame != "image"
         await ask(self._ledger, "lose_pod", for_worker=pod.id, why=verdict.why, counts=counts)
         logger.info("Pod %s (%s) is given up: %s", pod.id, held.id, verdict.why)
@@ -204,13 +230,18 @@ class Fleet:
         await self._provider.terminate(extra.id)
         if extra.id not in self._seen.duplicates:
             self._seen.duplicates.add(extra.id)
-            await ask(
-                self._ledger,
-                "record_duplicate",
-                for_worker=pod.id,
-                price=extra.cost_per_hour,
-                seconds=pod.age_seconds,
-            )
+            await self._record_duplicate(pod.id, extra, pod.age_seconds)
+
+    async def _record_duplicate(self, worker_id: str, extra: ProviderPod, seconds: float) -> None:
+        price = extra.cost_per_hour
+        await ask(
+            self._ledger,
+            "record_duplicate",
+            for_worker=worker_id,
+            provider_id=extra.id,
+            price=price,
+            seconds=seconds,
+        )
 
     async def _end_orphans(self, pods: Sequence[Pod], listed: Sequence[ProviderPod]) -> None:
         """Pods of ours that show up after their rows were closed: back into the ledger, which ends them."""
@@ -230,8 +261,10 @@ class Fleet:
         ours = {row["worker_id"]: row for row in rows}
         for worker, held in unknown.items():
             row = ours.get(worker)
-            if row is None or row["pod_id"] not in (None, held.id) or row["docker_image"] != held.image:
+            if row is None or row["docker_image"] != held.image:
                 self._seen.foreign.add(held.id)
+            elif row["status"] != "terminated":
+                continue  # Bought after these rows were read: the next pass sees it.
             elif row["pod_id"] is None:
                 logger.warning("Pod %s (%s) exists after all, and is ended.", worker, held.id)
                 await ask(
@@ -242,9 +275,12 @@ class Fleet:
                     price=held.cost_per_hour,
                     details=details_of(held),
                 )
-            elif row["status"] == "terminated":
-                logger.warning("Pod %s (%s) had ended, and is listed again; it is ended.", worker, held.id)
+            else:
+                logger.warning("Pod %s had ended, and %s is listed; it is ended.", worker, held.id)
                 await self._provider.terminate(held.id)
+                if row["pod_id"] != held.id and held.id not in self._seen.duplicates:
+                    self._seen.duplicates.add(held.id)
+                    await self._record_duplicate(worker, held, row["age_seconds"])
 
     def _name(self, worker_id: str) -> str:
         return pod_name(self._settings.organization_id, worker_id)

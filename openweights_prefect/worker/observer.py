@@ -39,6 +39,7 @@ _POOL_SECONDS = 10.0
 _SNAPSHOT_SECONDS = 1.0
 _SILENT_HEARTBEATS = 2
 _MOST_RELEASED = 180
+_RETRY_SECONDS = 10.0
 _EXPIRE_SECONDS = 3600.0
 _EXPIRE_ROWS = 10_000
 _CREATES_AT_ONCE = 4
@@ -69,6 +70,7 @@ class Observer:
         self._wake = asyncio.Event()
         self._creates = asyncio.Semaphore(_CREATES_AT_ONCE)
         self._buying: dict[str, asyncio.Task[None]] = {}
+        self._not_before: dict[str, float] = {}
         self._warned = ""
 
     async def run(self) -> None:
@@ -89,6 +91,8 @@ class Observer:
         snapshot = await self._look(max_age_seconds=0)
         rows = snapshot["waiting"]
         self._purchases.learn(snapshot["refusals"])
+        waiting = {row["job_id"] for row in rows}
+        self._not_before = {job: at for job, at in self._not_before.items() if job in waiting}
         ceilings = self._ceilings(rows)
         room = max(0, _MOST_RELEASED - snapshot["released"])
         await self._create_flow_runs([row for row in rows if row["run_id"] is None][:room], ceilings)
@@ -102,6 +106,7 @@ class Observer:
             being_bought=self._purchases.under_way,
             max_workers=self._settings.max_workers,
             paused=self._purchases.paused,
+            later={job for job, at in self._not_before.items() if at > _now()},
         )
         plan.reasons.update(held)
         await self._carry_out(plan, {row["job_id"]: row["pending_reason"] for row in rows})
@@ -249,14 +254,14 @@ class Observer:
     async def _buy(self, run: WaitingRun) -> None:
         try:
             why = await self._purchases.buy(run)
+            self._not_before.pop(run.job_id, None)
             if why is not None:
-                await ask_one(self._ledger, "set_pending_reasons", reasons={run.job_id: why})
-                await asyncio.sleep(_PASS_SECONDS)
+                self._not_before[run.job_id] = _now() + _RETRY_SECONDS
+                await ask(self._ledger, "set_pending_reasons", reasons={run.job_id: why})
         except OpenWeightsError:
             logger.exception("No pod could be bought for job %s", run.job_id)
         finally:
             self._buying.pop(run.job_id, None)
-            self._wake.set()
 
     async def _heed_cancellations(self, snapshot: Row) -> None:
         """Somebody canceled a flow run in Prefect: cancel its job."""

@@ -140,6 +140,9 @@ class Purchases:
         await ask(self._ledger, "publish_catalogue", offers=offers, limits=dict(limits))
 
     async def _buy(self, run: WaitingRun) -> str | None:
+        if refusal := self._refusal(image_subject(run.needs.docker_image)):
+            await ask(self._ledger, "fail_job", for_job=run.job_id, why=refusal.reason)
+            return refusal.reason
         offers = await self.catalogue()
         candidates = choose_offers(offers, run.needs)
         if not candidates:
@@ -190,7 +193,7 @@ class Purchases:
             logger.info("Pod %s was refused: %s", worker_id, exc)
             await ask(self._ledger, "end_pod", for_worker=worker_id, why=f"refused by RunPod: {exc}")
             raise
-        await ask(
+        recorded = await ask_one(
             self._ledger,
             "record_pod",
             for_worker=worker_id,
@@ -198,6 +201,9 @@ class Purchases:
             price=pod.cost_per_hour,
             details=details_of(pod),
         )
+        if recorded["outcome"] != "recorded":
+            logger.warning("Pod %s (%s) was given up while it was bought; it is ended.", worker_id, pod.id)
+            return None
         if offer.key in self._refused:
             del self._refused[offer.key]
             await ask(self._ledger, "clear_refusal", subject=offer.key)
@@ -280,6 +286,11 @@ class _Refusal:
     until: float
     failures: int
     reason: str
+
+
+def image_subject(image: str) -> str:
+    """The subject of refusals of an image."""
+    return f"image:{image[:290]}"
 
 
 def pod_name(organization_id: str, worker_id: str) -> str:

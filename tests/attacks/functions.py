@@ -110,7 +110,7 @@ FUNCTIONS: dict[str, Function] = {
     "publish_catalogue": Function("w", lambda i: {"offers": [{"key": "x"}], "limits": {}}, writes=True),
     "read_log": Function("p", lambda i: {"for_run": i["flow_run"]}),
     "read_secret": Function("a", lambda i: {"secret_name": "HF_TOKEN"}, writes=True),
-    "record_duplicate": Function("w", lambda i: {"for_worker": i["pod-1"], "price": 1, "seconds": 60}, writes=True),
+    "record_duplicate": Function("w", lambda i: {"for_worker": i["pod-1"], "provider_id": "twin", "price": 1, "seconds": 60}, writes=True),
     "record_flow_run": Function("w", lambda i: {"for_job": i["wait"], "for_attempt": 1, "flow_run": i["waiting_run"]}),
     "record_pod": Function("w", lambda i: {"for_worker": i["pod-2"], "provider_id": f"provider-{i['pod-2']}", "price": 9}, writes=True),
     "redeem_bootstrap": Function("s", lambda i: {"hash": hash_secret("guess"), "session_hash": hash_secret("mine")}),

@@ -229,7 +229,7 @@ MORE_DAMAGE = [
     ("jobs", "update ledger.jobs set finished_at = null where status = 'completed'"),
     ("jobs", "update ledger.jobs set attempt = attempt + 1 where status = 'in_progress'"),
     ("pods", "update ledger.pod_intervals set ended_at = now()"),
-    ("migrations", "delete from supabase_migrations.schema_migrations where version like '%11'"),
+    ("migrations", "delete from supabase_migrations.schema_migrations where version like '%21'"),
 ]
 
 

@@ -29,7 +29,7 @@ from openweights_prefect.ledger.identity import hash_secret
 from openweights_prefect.ledger.notifications import notifications
 from openweights_prefect.ledger.protocol import Ledger
 from openweights_prefect.settings import LOCAL_ORGANIZATION_ID, Settings
-from openweights_prefect.worker.fleet import _public_addresses
+from openweights_prefect.worker.purchases import _public_addresses
 from openweights_prefect.worker.worker import _settings_of_token
 from tests.callers import Callers
 

@@ -314,7 +314,7 @@ def test_a_broken_ledger_is_found_out(ledger_url: str, mutant: Mutant) -> None:
     """What is seen above, would be: with one function broken, the same sequences fail."""
     mutant.apply(ledger_url.replace("authenticator@", "postgres@"))
     with pytest.raises((AssertionError, Flaky)):
-        run_machine(ledger_url, EXAMPLES)
+        run_machine(ledger_url, 4 * EXAMPLES)
 
 
 def test_another_organization_in_the_tables_is_found_out(ledger_url: str) -> None:

@@ -65,6 +65,8 @@ def machine(tmp_path: Path) -> LocalMachine:
         gpu_check="inventory",
         job_python="",
         shutdown_file=tmp_path / "shutdown.txt",
+        # Of this process, which serves other tests, too.
+        spared=[child.pid for child in psutil.Process().children()],
     )
 
 

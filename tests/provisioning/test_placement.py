@@ -104,6 +104,13 @@ def test_a_warm_pod_that_costs_too_much_is_not_taken() -> None:
     assert plan([cheap_job, run("2")], dear, 1).hints == {"run of 2": "dear"}
 
 
+def test_a_job_that_nothing_could_be_bought_for_leaves_its_place_to_the_next() -> None:
+    decided = plan([run("1"), run("2")], [], 1, later={"1"})
+    assert bought(decided) == ["2"]
+    assert decided.reasons == {}
+    assert plan([run("1")], [pod("idle")], later={"1"}).hints == {"run of 1": "idle"}
+
+
 def test_while_purchases_are_paused_idle_pods_go_on_working() -> None:
     decided = plan([run("1"), run("2")], [pod("idle")], paused="no funds")
     assert decided.hints == {"run of 1": "idle"}

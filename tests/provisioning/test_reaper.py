@@ -61,8 +61,10 @@ def test_no_twin_is_ended_while_our_own_pod_is_not_in_sight() -> None:
 
 
 def test_one_list_without_it_proves_nothing() -> None:
-    assert not is_missing_for_good(pod(), 1)
-    assert is_missing_for_good(pod(), 2)
+    assert not is_missing_for_good(pod("active"), 1)
+    assert is_missing_for_good(pod("active"), 2)
+    assert not is_missing_for_good(pod("starting"), 9)
+    assert is_missing_for_good(pod("starting", age_seconds=91), 2)
     assert not is_missing_for_good(pod(pod_id=None, age_seconds=60), 9)
     assert is_missing_for_good(pod(pod_id=None, age_seconds=91), 2)
 

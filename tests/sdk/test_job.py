@@ -137,13 +137,18 @@ def test_awaiting_many_jobs(ow: OpenWeights, conversations: Callable[..., Path],
 def test_ctrl_c_stops_the_waiting_not_the_job(ow: OpenWeights, settings: Settings, job: Job) -> None:
     """The process ends with a note that the job goes on."""
     program = (
-        "import sys\n"
+        "import signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what runs in the background\n"
         "from openweights_prefect import OpenWeights\n"
         "OpenWeights().jobs.retrieve(sys.argv[1]).wait(timeout=60)\n"
     )
     waiting = subprocess.Popen(
         [sys.executable, "-c", program, job.id],
-        env={"OW_DATABASE_URL": settings.database_url, "OW_HOME": str(settings.home), "PATH": "/usr/bin:/bin"},
+        env={
+            "OW_DATABASE_URL": settings.database_url,
+            "OW_HOME": str(settings.home),
+            "PATH": "/usr/bin:/bin",
+        },
         stderr=subprocess.PIPE,
         text=True,
     )

@@ -12,6 +12,7 @@ from tests.simulation.model_provider import SimPod
 from tests.simulation.people import Plan
 from tests.simulation.world import World
 
+APART_SECONDS = 180.0
 DEATH_KINDS = ("exited", "vanished")
 _SLOWER = [
     ("worker.observer", "_PASS_SECONDS", 15.0),
@@ -49,6 +50,7 @@ class FaultHours(World):
     """Busy pods that live for days, one worker, and a world that is never quite well."""
 
     slower = _SLOWER
+    leaks = 0.0
 
     def __init__(self, seed: int, *, pods: int, hours: float) -> None:
         super().__init__(
@@ -61,13 +63,14 @@ class FaultHours(World):
             lease_seconds=120,
             heartbeat_seconds=5.0,
             pod_ttl_hours=720.0,
-            pod_idle_seconds=300,
+            pod_idle_seconds=10_000_000,
             boot_seconds=1500,
         )
         self.measured = Measured()
         self.ledger.budget = None
         self._wanted = pods
         self._killed: set[str] = set()
+        self._struck_at: dict[str, float] = {}
         for host in self.provider.hosts:
             host.bad_gpu = host.cuda_error = False
 
@@ -96,7 +99,8 @@ class FaultHours(World):
 
     def _look_for_false_kills(self) -> None:
         for row in self.ledger.pods.values():
-            if row.status in ("lost", "terminated") and row.id not in self._killed:
+            ended = row.status in ("lost", "terminated") and row.active_at is not None
+            if ended and row.id not in self._killed:
                 self._killed.add(row.id)
                 self.measured.false_kills += 1
                 self.measured.why.append(f"{row.id}: {row.reason}")
@@ -105,21 +109,24 @@ class FaultHours(World):
         random = self.random
         while True:
             await asyncio.sleep(random.expovariate(1 / 20.0))
-            pods = [pod for pod in self.provider.existing() if pod.up]
+            pods = [pod for pod in self.provider.existing() if pod.up and self._may_strike(pod.id)]
+            if not pods:
+                continue
             kind = random.choice(
                 ["freeze", "freeze", "cut", "cut", "answers", "ledger", "list", "pause", "provider"]
             )
             match kind:
                 case "freeze":
-                    self.freeze(random.choice(pods), random.uniform(1, 60))
+                    self.freeze(self._struck(random.choice(pods)), random.uniform(1, 60))
                 case "cut":
-                    self.cut(random.choice(pods), random.uniform(1, 60))
+                    self.cut(self._struck(random.choice(pods)), random.uniform(1, 60))
                 case "answers":
                     self.watch.reached("answers lost")
                     self.for_a_while("losing_answers", random.uniform(1, 60))
-                case "ledger":
+                case "ledger" if self._may_strike("ledger"):
+                    self._struck_at["ledger"] = self.loop.time()
                     self.watch.reached("ledger away")
-                    self.for_a_while("ledger_down", random.uniform(1, 60))
+                    self.for_a_while("ledger_down", random.uniform(1, 30))
                 case "list":
                     fault = random.choice(["failed", "truncated", "empty"])
                     self.provider.faults.lists += [fault] * random.randint(1, 4)
@@ -128,6 +135,14 @@ class FaultHours(World):
                     self.pause_worker(random.uniform(1, 60))
                 case _:
                     self.fault_for("down", random.uniform(1, 30))
+
+    def _may_strike(self, what: str) -> bool:
+        """Two faults in a row may make a silence that no lease bears."""
+        return self.loop.time() - self._struck_at.get(what, float("-inf")) > APART_SECONDS
+
+    def _struck(self, pod: SimPod) -> SimPod:
+        self._struck_at[pod.id] = self.loop.time()
+        return pod
 
     async def _deaths(self) -> None:
         """A pod dies now and then; its place is taken by another."""

@@ -59,6 +59,7 @@ class ModelLedger:
         self.alive: dict[str, Pod] = {}
         """Pods that are not terminated."""
         self.reservations: dict[str, float] = {}
+        self.duplicates: set[str] = set()
         self.refusals: dict[str, Row] = {}
         self.catalogue: Row | None = None
         self.budget: float | None = None
@@ -303,15 +304,18 @@ class ModelLedger:
                 "pod_id": pod.pod_id,
                 "status": pod.status,
                 "docker_image": pod.docker_image,
+                "age_seconds": self.clock() - pod.created_at,
             }
             for pod in pods
         ]
 
-    def do_record_duplicate(self, _: Speaker, for_worker: str, price: float, seconds: float) -> list[Row]:
+    def do_record_duplicate(
+        self, _: Speaker, for_worker: str, provider_id: str, price: float, seconds: float
+    ) -> list[Row]:
         pod, now = self.pods.get(for_worker), self.clock()
-        if pod is None:
-            return [{"outcome": "refused"}]
-        pod.intervals.append(Interval("teardown", now - max(0.0, seconds), price, ended_at=now))
+        if pod is not None and provider_id not in self.duplicates:
+            self.duplicates.add(provider_id)
+            pod.intervals.append(Interval("teardown", now - max(0.0, seconds), price, ended_at=now))
         return [{"outcome": "recorded"}]
 
     def do_expire_leases(self, _: Speaker, silent: list[str] | None = None) -> list[Row]:

@@ -159,9 +159,11 @@ class SimMachine:
     async def clean(self, run_id: UUID, *, suspected: bool) -> Verdict | None:
         await asyncio.sleep(0.3)
         drawn = self._world.random.random()
-        if drawn < 0.01:
+        if drawn < self._world.leaks:
             self._world.watch.reached("agent: memory stays")
-            return Verdict("GPU 0 keeps 20 GB of memory that nobody holds", unusable=drawn < 0.005)
+            return Verdict(
+                "GPU 0 keeps 20 GB of memory that nobody holds", unusable=drawn < self._world.leaks / 2
+            )
         return None
 
     def heard_deadline(self, seconds_left: float) -> None:

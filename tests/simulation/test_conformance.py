@@ -149,7 +149,9 @@ def _told(function: str, rows: list[Row]) -> object:
         names = ("fenced", "shutdown", "cancel", "run_id", "next_run")
         return [{name: row.get(name) for name in names} for row in rows]
     if function in ("expire_leases", "known_pods", "known_runs"):
-        return sorted(tuple(sorted((k, str(v)) for k, v in row.items())) for row in rows)
+        return sorted(
+            tuple(sorted((k, str(v)) for k, v in row.items() if k != "age_seconds")) for row in rows
+        )
     kept = ("outcome", "reason", "attempt", "gpu_count", "failures")
     return [{name: row[name] for name in kept if row.get(name) is not None} for row in rows]
 
@@ -411,7 +413,12 @@ def judge(both: Both) -> None:
         "clear_refusal": lambda: {"subject": both.random.choice("ab")},
         "mark_mirrored": lambda: {"run_ids": [uuid.UUID(run) for run in list(both.model.runs)[:3]]},
         "known_pods": lambda: {"worker_ids": ["pod-0", "pod-1", "pod-none"]},
-        "record_duplicate": lambda: {"for_worker": name, "price": 0.4, "seconds": 20.0},
+        "record_duplicate": lambda: {
+            "for_worker": name,
+            "provider_id": both.random.choice(["twin-0", "twin-1"]),
+            "price": 0.4,
+            "seconds": 20.0,
+        },
         "set_ceilings": lambda: {
             "ceilings": {run: both.random.choice([None, 0.5, 2.0]) for run in both.model.runs}
         },

@@ -7,6 +7,7 @@ One seed again, with its trace:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -90,6 +91,14 @@ def run_seed(seed: int) -> World:
     return world
 
 
+def story(seed: int) -> str:
+    """All that happens in a seed, in short, however it ends."""
+    world = World(seed)
+    with contextlib.suppress(AssertionError):
+        world.run()
+    return world.fingerprint()
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_invariants_hold_whatever_goes_wrong(chunk: int) -> None:
@@ -125,7 +134,7 @@ def test_one_seed() -> None:
 def test_the_same_seed_is_the_same_story() -> None:
     """Byte for byte, in one process twice and in another that hashes strings otherwise."""
     seed = 12
-    script = f"from tests.simulation.world import World; w = World({seed}); w.run(); print(w.fingerprint())"
+    script = f"from tests.simulation.test_simulation import story; print(story({seed}))"
     root = Path(__file__).parents[2]
     told = [
         subprocess.run(
@@ -138,4 +147,4 @@ def test_the_same_seed_is_the_same_story() -> None:
         ).stdout.strip()
         for number in ("1", "2")
     ]
-    assert {*told, run_seed(seed).fingerprint(), run_seed(seed).fingerprint()} == {told[0]}
+    assert {*told, story(seed), story(seed)} == {told[0]}

@@ -143,6 +143,8 @@ class World:
     purchases_class = Purchases
     observer_class = Observer
     agent_class = Agent
+    leaks = 0.01
+    """How often memory of a GPU stays held after a run."""
     slower: Sequence[tuple[str, str, float]] = SLOWER
 
     def __init__(self, seed: int, *, weather: Weather | None = None, **options: Any) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import filelock
@@ -81,7 +82,8 @@ def test_the_package_works_against_the_simulator(runpod: SimulatorServer, tmp_pa
 
 
 def _interpreter() -> Path:
-    if find_spec("runpod") is not None:
+    with contextlib.suppress(PackageNotFoundError):
+        version("runpod")
         return Path(sys.executable)
     found = _install()
     if isinstance(found, str):

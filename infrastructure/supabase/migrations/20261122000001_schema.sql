@@ -323,8 +323,10 @@ create table ledger.pod_intervals (
     price_per_hour numeric not null,
     started_at timestamptz not null,
     ended_at timestamptz,
+    duplicate text check (length(duplicate) <= 200),  -- of a second pod of the same create, its id at the provider
     foreign key (organization_id, worker_id) references ledger.worker on delete cascade
 );
+create unique index pod_intervals_duplicate on ledger.pod_intervals (organization_id, duplicate) where duplicate is not null;
 create index pod_intervals_worker on ledger.pod_intervals (organization_id, worker_id, started_at);
 create index pod_intervals_run on ledger.pod_intervals (run_id) where run_id is not null;
 

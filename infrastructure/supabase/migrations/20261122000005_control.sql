@@ -264,20 +264,23 @@ create function public.known_pods(worker_ids text[]) returns setof jsonb
 language sql stable
 set search_path = ''
 as $$
-    select jsonb_build_object('worker_id', w.id, 'pod_id', w.pod_id, 'status', w.status, 'docker_image', w.docker_image)
+    select jsonb_build_object('worker_id', w.id, 'pod_id', w.pod_id, 'status', w.status, 'docker_image', w.docker_image,
+                              'age_seconds', extract(epoch from now() - w.created_at))
     from ledger.worker w where private.known_caller() and w.id = any (worker_ids)
 $$;
 
 -- One create made two pods; the second one was ended after so many seconds, and is on the bill of the first.
-create function public.record_duplicate(for_worker text, price double precision, seconds double precision) returns setof jsonb
+create function public.record_duplicate(for_worker text, provider_id text, price double precision, seconds double precision)
+returns setof jsonb
 language plpgsql
 set search_path = ''
 as $$
 begin
-    insert into ledger.pod_intervals (organization_id, worker_id, kind, price_per_hour, started_at, ended_at)
-    select w.organization_id, w.id, 'teardown', price, now() - make_interval(secs => greatest(0, seconds)), now()
-    from ledger.worker w where w.id = for_worker;
-    return query select jsonb_build_object('outcome', case when found then 'recorded' else 'refused' end);
+    insert into ledger.pod_intervals (organization_id, worker_id, kind, price_per_hour, started_at, ended_at, duplicate)
+    select w.organization_id, w.id, 'teardown', price, now() - make_interval(secs => greatest(0, seconds)), now(), provider_id
+    from ledger.worker w where w.id = for_worker
+    on conflict do nothing;
+    return query select jsonb_build_object('outcome', 'recorded');
 end
 $$;
 

@@ -143,6 +143,7 @@ class ControlPlane:
             seconds,
             worker_id,
         )
+        self.fleet._seen.pods.pop(worker_id, None)  # It counts by its own clock from the first sight.
 
     def jump(self, hours: float) -> None:
         """As if the clock of the ledger's machine were set forward: every time in it lies further back.

@@ -73,10 +73,6 @@ async def test_row_03_a_pod_that_shows_up_late_is_ended(plane: ControlPlane) -> 
     assert gone == set(plane.bought()) - {other["pod_id"]}
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a pass between create and its record ends the pod of the answer; the other one is then foreign",
-)
 async def test_row_04_two_pods_for_one_create(plane: ControlPlane) -> None:
     """One is kept, the other ended, and both are paid for, also if the answer comes when both are listed."""
     plane.extra_pods = 1
@@ -96,9 +92,6 @@ async def test_row_04_two_pods_for_one_create(plane: ControlPlane) -> None:
         await plane.wind_down()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a pod with the name of a row of another pod counts as somebody else's"
-)
 async def test_row_04_the_second_pod_shows_up_when_the_first_has_ended(plane: ControlPlane) -> None:
     """It is ours by its name and its image, and it is ended as well."""
     plane.extra_pods = 1

@@ -102,10 +102,6 @@ async def test_row_08_13_a_machine_that_starts_no_container(plane: ControlPlane,
     assert [subject for subject in plane.refusals() if subject.startswith("host:")]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the offer that gives a refused machine is not left alone: pods are bought without end",
-)
 @pytest.mark.usefixtures("logs_at_once")
 async def test_row_08_the_same_bad_machine_again_and_again(plane: ControlPlane) -> None:
     """RunPod may sell a machine that was found unusable again: it is not bought over and over."""

@@ -115,19 +115,7 @@ async def test_row_24_the_ledgers_clock_jumps(plane: ControlPlane, hours: int) -
     assert {row["id"]: row["status"] for row in plane.living()} == dict.fromkeys(boots, "active")
 
 
-@pytest.mark.parametrize(
-    "hours",
-    [
-        pytest.param(
-            1,
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="the start-up budget is measured by the ledger's clock: its machine is blamed",
-            ),
-        ),
-        -1,
-    ],
-)
+@pytest.mark.parametrize("hours", [1, -1])
 async def test_row_24_starting_pods_when_the_ledgers_clock_jumps(plane: ControlPlane, hours: int) -> None:
     """They are as old as they were, and not an hour older."""
     plane.submit()
