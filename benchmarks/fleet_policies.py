@@ -234,6 +234,7 @@ def _pod_row(pod: SimulatedPod, now: float) -> dict[str, Any]:
         "overdue_seconds": -3600.0,
         "idle_seconds": now - pod.idle_since if pod.status == "active" else None,
         "silent_seconds": -60.0,
+        "heartbeat_seconds": 1.0,
         "reason": None,
         "boots": 1,
         "host": None,

@@ -82,6 +82,8 @@ class Pod:
     """Since its deadline; negative before."""
     silent_seconds: float | None = None
     """Since its lease ran out, without output of its run either; negative while it counts as alive."""
+    heartbeat_seconds: float | None = None
+    """Since its last heartbeat."""
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Pod:
@@ -104,6 +106,7 @@ class Pod:
             idle_seconds=row["idle_seconds"],
             overdue_seconds=float(row["overdue_seconds"]),
             silent_seconds=row["silent_seconds"],
+            heartbeat_seconds=row["heartbeat_seconds"],
         )
 
     def aged(self, age_seconds: float) -> Pod:

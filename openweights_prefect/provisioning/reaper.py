@@ -19,7 +19,7 @@ _STRIKES = 2
 _MOST_STARTS = 3
 _UNUSABLE = "unusable host"
 
-Blame = Literal["nobody", "machine", "image"]
+Blame = Literal["nobody", "machine", "image", "offer"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class Limits:
 
     first_log_seconds: float
     boot_seconds: float
+    heard_seconds: float = 0.0
+    """A pod that sent a heartbeat so recently is alive, whatever the provider lists."""
 
 
 def counterpart(
@@ -58,8 +60,10 @@ def counterpart(
     return held, extras if held is not None else []
 
 
-def is_missing_for_good(pod: Pod, strikes: int) -> bool:
+def is_missing_for_good(pod: Pod, strikes: int, limits: Limits) -> bool:
     """True when so many complete lists in a row without it say that it is gone, or was never created."""
+    if pod.status in ("active", "busy") and (pod.heartbeat_seconds or 0.0) < limits.heard_seconds:
+        return False
     if (pod.pod_id is None or pod.status == "starting") and pod.age_seconds < _UNBORN_SECONDS:
         return False  # A pod may show up in lists, and to a question, a while after it was created.
     return strikes >= _STRIKES
@@ -76,8 +80,10 @@ def judge(pod: Pod, held: ProviderPod, limits: Limits, refused_hosts: Collection
         return Verdict("past its deadline")
     if pod.status != "starting":
         return None
+    if pod.shutdown_requested:
+        return Verdict("told to end before it had begun", counts=False)
     if held.host is not None and held.host in refused_hosts:
-        return Verdict(f"host {held.host} was unusable before", counts=False)
+        return Verdict(f"host {held.host} was unusable before", blame="offer", counts=False)
     if pod.age_seconds > limits.boot_seconds:
         return Verdict(f"no sign of life {limits.boot_seconds:g} s after it was bought", blame="machine")
     return None

@@ -29,6 +29,7 @@ _BAD_HOST_SECONDS = 6 * 3600.0
 _BAD_OFFER_SECONDS = 60.0
 _BAD_IMAGE_SECONDS = 120.0
 _ALARM_SECONDS = 900.0
+_HEARD_HEARTBEATS = 4
 
 
 @dataclass
@@ -79,7 +80,9 @@ class Fleet:
         self._purchases = purchases
         self._announce = announce
         self._limits = reaper.Limits(
-            first_log_seconds=settings.first_log_seconds, boot_seconds=settings.boot_seconds
+            first_log_seconds=settings.first_log_seconds,
+            boot_seconds=settings.boot_seconds,
+            heard_seconds=_HEARD_HEARTBEATS * settings.heartbeat_seconds,
         )
         self._seen = _Seen()
 
@@ -186,7 +189,7 @@ class Fleet:
                 await ask(self._ledger, "fail_job", for_job=pod.bought_for, why=verdict.why)
         if verdict.blame == "machine":
             await self._avoid_host(pod.host or held.host, verdict.why)
-        if not verdict.counts:
+        if verdict.blame == "offer":
             # The market tends to sell the same machine again.
             await self._purchases.refuse(pod.offer_key, verdict.why, _BAD_OFFER_SECONDS)
         counts = verdict.counts and verdict.blame != "image"
@@ -201,7 +204,7 @@ class Fleet:
     async def _count_missing(self, pod: Pod) -> None:
         sighting = self._seen.pods[pod.id]
         sighting.strikes += 1
-        if not reaper.is_missing_for_good(pod, sighting.strikes):
+        if not reaper.is_missing_for_good(pod, sighting.strikes, self._limits):
             return
         # A list may have left it out; asked by its id the provider cannot.
         if pod.pod_id is not None and (held := await self._provider.get(pod.pod_id)) is not None:

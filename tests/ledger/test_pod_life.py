@@ -346,10 +346,17 @@ def test_the_bill_begins_and_ends_where_the_provider_says(ledger: Callers, sql: 
     began = (datetime.now(UTC) - timedelta(seconds=90)).isoformat()
     ledger.call("record_pod", for_worker="pod-1", provider_id="abc", price=3.6, details={"created_at": began})
     boot(ledger)
+    sql("update ledger.worker set heartbeat_at = now() - interval '40 seconds'")
     ledger.call("lose_pod", for_worker="pod-1", why="x")
     ledger.call("end_pod", for_worker="pod-1", why="x", billed_seconds_ago=30)
     spent = "select sum(extract(epoch from ended_at - started_at)) from ledger.pod_intervals"
     assert float(sql(spent)) == pytest.approx(60, abs=2)
+    buy(ledger, "pod-3")
+    ledger.call("record_pod", for_worker="pod-3", provider_id="ghi", price=1)
+    boot(ledger, "pod-3")
+    ledger.call("end_pod", for_worker="pod-3", why="x", billed_seconds_ago=600)
+    alive = "select max(ended_at) from ledger.pod_intervals where worker_id = 'pod-3'"
+    assert datetime.now(UTC) - sql(alive) < timedelta(seconds=30), "its heartbeat was seen later"
     skewed = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
     buy(ledger, "pod-2")
     ledger.call("record_pod", for_worker="pod-2", provider_id="def", price=1, details={"created_at": skewed})

@@ -61,12 +61,16 @@ def test_no_twin_is_ended_while_our_own_pod_is_not_in_sight() -> None:
 
 
 def test_one_list_without_it_proves_nothing() -> None:
-    assert not is_missing_for_good(pod("active"), 1)
-    assert is_missing_for_good(pod("active"), 2)
-    assert not is_missing_for_good(pod("starting"), 9)
-    assert is_missing_for_good(pod("starting", age_seconds=91), 2)
-    assert not is_missing_for_good(pod(pod_id=None, age_seconds=60), 9)
-    assert is_missing_for_good(pod(pod_id=None, age_seconds=91), 2)
+    assert not is_missing_for_good(pod("active"), 1, LIMITS)
+    assert is_missing_for_good(pod("active"), 2, LIMITS)
+    heard = Limits(first_log_seconds=180, boot_seconds=1500, heard_seconds=20)
+    assert not is_missing_for_good(pod("busy", heartbeat_seconds=19.0), 9, heard)
+    assert is_missing_for_good(pod("busy", heartbeat_seconds=21.0), 2, heard)
+    assert is_missing_for_good(pod("lost", heartbeat_seconds=1.0), 2, heard)
+    assert not is_missing_for_good(pod("starting"), 9, LIMITS)
+    assert is_missing_for_good(pod("starting", age_seconds=91), 2, LIMITS)
+    assert not is_missing_for_good(pod(pod_id=None, age_seconds=60), 9, LIMITS)
+    assert is_missing_for_good(pod(pod_id=None, age_seconds=91), 2, LIMITS)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +86,8 @@ def test_one_list_without_it_proves_nothing() -> None:
         (pod("starting", age_seconds=1499), listed(), None),
         (pod("starting", age_seconds=1501), listed(), "no sign of life 1500 s after it was bought"),
         (pod("starting"), listed(host="bad"), "host bad was unusable before"),
+        (pod("starting", shutdown_requested=True), listed(), "told to end before it had begun"),
+        (pod("busy", shutdown_requested=True), listed(), None),
         (pod("busy"), listed(host="bad"), None),
     ],
 )

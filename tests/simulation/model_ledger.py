@@ -59,7 +59,6 @@ class ModelLedger:
         self.alive: dict[str, Pod] = {}
         """Pods that are not terminated."""
         self.reservations: dict[str, float] = {}
-        self.duplicates: set[str] = set()
         self.refusals: dict[str, Row] = {}
         self.catalogue: Row | None = None
         self.budget: float | None = None
@@ -313,9 +312,10 @@ class ModelLedger:
         self, _: Speaker, for_worker: str, provider_id: str, price: float, seconds: float
     ) -> list[Row]:
         pod, now = self.pods.get(for_worker), self.clock()
-        if pod is not None and provider_id not in self.duplicates:
-            self.duplicates.add(provider_id)
-            pod.intervals.append(Interval("teardown", now - max(0.0, seconds), price, ended_at=now))
+        known = {spell.duplicate for each in self.pods.values() for spell in each.intervals}
+        if pod is not None and provider_id not in known:
+            spell = Interval("teardown", now - max(0.0, seconds), price, ended_at=now, duplicate=provider_id)
+            pod.intervals.append(spell)
         return [{"outcome": "recorded"}]
 
     def do_expire_leases(self, _: Speaker, silent: list[str] | None = None) -> list[Row]:
@@ -336,7 +336,7 @@ class ModelLedger:
         if not self._condemn(for_worker, "terminated", why or "the pod ended"):
             return [{"outcome": "refused"}]
         pod = self.pods[for_worker]
-        end = max(self.clock() - max(0.0, billed_seconds_ago), pod.created_at)
+        end = max(self.clock() - max(0.0, billed_seconds_ago), pod.heartbeat_at or 0.0, pod.created_at)
         for interval in pod.intervals:
             if interval.ended_at is not None and interval.ended_at > end:
                 interval.started_at, interval.ended_at = min(interval.started_at, end), end
@@ -819,6 +819,7 @@ class ModelLedger:
             "age_seconds": now - pod.created_at,
             "idle_seconds": None if pod.idle_since is None else now - pod.idle_since,
             "overdue_seconds": now - pod.deadline_at,
+            "heartbeat_seconds": None if pod.heartbeat_at is None else now - pod.heartbeat_at,
             "silent_seconds": now - self._heard_until(pod) if pod.status in ALIVE else None,
         }
 

@@ -111,6 +111,7 @@ class Interval:
     price: float
     run_id: str | None = None
     ended_at: float | None = None
+    duplicate: str | None = None
 
 
 @dataclass

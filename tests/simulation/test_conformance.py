@@ -167,7 +167,13 @@ def _seen(snapshot: Row) -> Row:
         }
         | {
             name: _rough(pod[name])
-            for name in ("age_seconds", "idle_seconds", "overdue_seconds", "silent_seconds")
+            for name in (
+                "age_seconds",
+                "heartbeat_seconds",
+                "idle_seconds",
+                "overdue_seconds",
+                "silent_seconds",
+            )
         }
         for pod in snapshot["pods"]
     ]

@@ -165,7 +165,11 @@ class Watch:
         if not self.single_worker:
             return
         waiting = self.ledger.waiting.values()
-        coming = [pod for pod in self.ledger.alive.values() if pod.status == "starting"]
+        coming = [
+            pod
+            for pod in self.ledger.alive.values()
+            if pod.status == "starting" and not pod.shutdown_requested
+        ]
         coming = [pod for pod in coming if any(fits(job, pod) for job in waiting)]
         wanted = sum(any(fits(job, pod) for pod in coming) for job in waiting) + len(self._left)
         if len(coming) > wanted + NEEDLESS_PODS:
@@ -199,7 +203,8 @@ class Watch:
         for pod in self.provider.existing():
             row = self.ledger.pods.get(pod.request.env["OW_POD_ID"])
             assert row is not None
-            if able and (row.status == "terminated" or row.pod_id not in (None, pod.id)):
+            seen = self.now() >= pod.visible_at  # Nobody can know of one that the provider hides.
+            if able and seen and (row.status == "terminated" or row.pod_id not in (None, pod.id)):
                 self._count_orphan(pod)
             overdue = self.ledger.clock() - row.deadline_at
             if overdue > 0 and not able:

@@ -18,6 +18,7 @@ as $$
         'age_seconds', extract(epoch from now() - pod.created_at),
         'idle_seconds', extract(epoch from now() - pod.idle_since),
         'overdue_seconds', extract(epoch from now() - pod.deadline_at),
+        'heartbeat_seconds', extract(epoch from now() - pod.heartbeat_at),
         'silent_seconds', case when pod.status in ('active', 'busy', 'draining')
                                then extract(epoch from now() - private.heard_until(pod)) end)
 $$;
@@ -306,7 +307,8 @@ begin
 end
 $$;
 
--- The provider confirmed that the pod is gone, or it never existed. Its bill ended `billed_seconds_ago`.
+-- The provider confirmed that the pod is gone, or it never existed. Its bill ended `billed_seconds_ago`, as far as anybody
+-- saw, and not before its last heartbeat.
 create function public.end_pod(for_worker text, why text default null, billed_seconds_ago double precision default 0)
 returns setof jsonb
 language plpgsql
@@ -319,6 +321,7 @@ begin
         return query select jsonb_build_object('outcome', 'refused');
         return;
     end if;
+    bill_ended := greatest(bill_ended, (select w.heartbeat_at from ledger.worker w where w.id = for_worker));
     update ledger.pod_intervals i
     set started_at = least(i.started_at, greatest(bill_ended, w.created_at)), ended_at = greatest(bill_ended, w.created_at)
     from ledger.worker w
