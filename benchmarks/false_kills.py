@@ -33,7 +33,7 @@ def main() -> None:
                 _add(total, found)
             seed += given.processes
             print(f"{total.pod_hours:.0f} pod-hours, {total.false_kills} false kills", file=sys.stderr)
-    print(json.dumps(total.summary(), indent=2))
+    print(json.dumps(total.summary()))
 
 
 def _add(total: Measured, found: Measured) -> None:

@@ -19,7 +19,7 @@ import pytest
 from tests.simulation.world import World
 
 SEEDS = int(os.environ.get("OW_TEST_SEEDS", "200"))
-CHUNKS = 10
+CHUNKS = 40
 TRACE_LINES = 60
 
 # What must be reached in all seeds together, so that what is seen above means something.
