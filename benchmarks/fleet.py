@@ -71,9 +71,7 @@ FULL = Sizes(traces=100, pods=(8, 50), pod_hours=10_000)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--full", action="store_true", help="100 traces, 50 pods, 10,000 pod-hours"
-    )
+    parser.add_argument("--full", action="store_true", help="100 traces, 50 pods, 10,000 pod-hours")
     parser.add_argument("--only", choices=sorted(PARTS), action="append", help="measure only this part")
     parser.add_argument(
         "--write", action="store_true", help="also write the table and the plot beside this file"
