@@ -20,7 +20,7 @@ pytestmark = pytest.mark.stack
 
 CANCEL_SECONDS = 8
 STUBBORN = "trap '' TERM; sleep 600 & sleep 600"  # a trap of '' is inherited
-IMPOSSIBLE = {"max_price_per_hour": 0.01}
+IMPOSSIBLE = {"min_cuda": "99.0"}  # of no host
 
 
 def by_sdk(stack: Stack, job: Job) -> None:

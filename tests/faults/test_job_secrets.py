@@ -138,10 +138,10 @@ def test_a_secret_that_is_gone_fails_the_run_and_says_so(
     """The command does not begin; stored again and restarted, the job completes."""
     marker = stack.home / "began"
     job = ow.command.create(
-        tag=stack.tag("gone"), command=f"touch {marker}", secrets=["TEST_TOKEN"], max_price_per_hour=0.01
+        tag=stack.tag("gone"), command=f"touch {marker}", secrets=["TEST_TOKEN"], min_cuda="99.0"
     )
     ow.secrets.delete("TEST_TOKEN")
-    stack.sql("update ledger.jobs set max_price_per_hour = null where id = %s", job.id)
+    stack.sql("update ledger.jobs set min_cuda = null where id = %s", job.id)
     with pytest.raises(JobFailed, match=r"no secret 'TEST_TOKEN' any more.*`ow env set TEST_TOKEN`"):
         job.wait(**_WAIT)
     assert not marker.exists()
