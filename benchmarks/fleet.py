@@ -38,8 +38,7 @@ GOALS = (
     Limit("pass_p50_seconds", "at_most", 1),
     Limit("scheduler_memory_mb", "at_most", 500),
     *(Limit(f"cost_to_{peer}", "at_most", 1) for peer in PEERS),
-    # The first one starts on whatever is warm, at any price; waiting a little is what not doing that costs.
-    *(Limit(f"wait_p50_to_{peer}", "at_most", most) for peer, most in zip(PEERS, (1.05, 1, 1), strict=True)),
+    *(Limit(f"wait_p50_to_{peer}", "at_most", 1) for peer in PEERS),
     Limit("dead_pod_noticed_max_seconds", "at_most", 45),
     Limit("false_kills", "at_most", 0),
     Limit("cancel_p95_beyond_grace_seconds", "at_most", 2),

@@ -16,6 +16,7 @@ from fleet_trace import TraceJob
 from openweights_prefect.provisioning.hardware import usable_vram_gb
 from openweights_prefect.provisioning.placement import Pod, WaitingRun, place
 from openweights_prefect.settings import Settings
+from openweights_prefect.worker.purchases import CHEAP_PER_HOUR
 
 
 class Ours:
@@ -40,7 +41,9 @@ class Ours:
                 WaitingRun.from_row(
                     {
                         **_run_row(job, replay.now),
-                        "ceiling_per_hour": self._warm_price_factor * job.offer.price_per_hour,
+                        "ceiling_per_hour": max(
+                            CHEAP_PER_HOUR, self._warm_price_factor * job.offer.price_per_hour
+                        ),
                     }
                 )
                 for job in _by_fair_share(replay)

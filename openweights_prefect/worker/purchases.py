@@ -38,6 +38,9 @@ Announce = Callable[[str, str, Mapping[str, str]], None]
 ACCOUNT = "account"
 """The subject of refusals that hold for every offer."""
 
+CHEAP_PER_HOUR = 0.6
+"""USD: a warm pod of less is never too dear, because a boot costs more than what a small job would save."""
+
 _OFFERS_SECONDS = 60.0
 _MOST_TRIES = 6
 _AT_ONCE = 4
@@ -101,7 +104,9 @@ class Purchases:
             for offer in offers
             if offer.availability != "NONE" and self._refusal(offer.key) is None
         ]
-        return round(min(prices) * self._settings.warm_price_factor, 6) if prices else None
+        if not prices:
+            return None
+        return max(round(min(prices) * self._settings.warm_price_factor, 6), CHEAP_PER_HOUR)
 
     async def buy(self, run: WaitingRun) -> str | None:
         """Buy a pod that fits the run, trying offers in order. Returns why there is none, or None."""
