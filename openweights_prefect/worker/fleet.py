@@ -206,8 +206,13 @@ class Fleet:
         sighting.strikes += 1
         if not reaper.is_missing_for_good(pod, sighting.strikes, self._limits):
             return
-        # A list may have left it out; asked by its id the provider cannot.
-        if pod.pod_id is not None and (held := await self._provider.get(pod.pod_id)) is not None:
+        # A list may have left it out; asked by its id the provider cannot. Whose end is wanted is not asked for.
+        expected = pod.status in ("draining", "lost")
+        if (
+            not expected
+            and pod.pod_id is not None
+            and (held := await self._provider.get(pod.pod_id)) is not None
+        ):
             if held.status not in reaper.DEAD:
                 sighting.strikes = 0
             elif held.status not in reaper.GONE:
