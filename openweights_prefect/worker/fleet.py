@@ -206,7 +206,7 @@ class Fleet:
         sighting.strikes += 1
         if not reaper.is_missing_for_good(pod, sighting.strikes, self._limits):
             return
-        # A list may leave a pod out; asked by its id the provider cannot. One that is to end is not asked for.
+        # A list may leave a pod out, an answer by its id cannot; who is to end anyway is not asked for.
         expected = pod.status in ("draining", "lost")
         if (
             not expected
