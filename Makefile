@@ -8,7 +8,7 @@ APART  := tests/faults tests/stack tests/test_wheel.py
 # In virtual time: nothing is waited for, and any process may have any of them.
 SEEDS  := tests/simulation
 # What fails once on a busy machine and then passes is no failure; the report names it all the same.
-AGAIN  := --reruns 1 -r R
+AGAIN  := --reruns 1 -r aR
 
 .PHONY: help quickstart up down test check attacks faults format bench-dispatch bench-ledger bench-files bench-fleet clean
 
