@@ -8,7 +8,7 @@ from typing import Any
 
 from openweights_prefect.errors import LedgerUnavailable
 from openweights_prefect.files.store import FileStoreError
-from openweights_prefect.ledger.protocol import Ledger, Row
+from openweights_prefect.ledger.protocol import Ledger, Row, ask
 from openweights_prefect.pod.library import Library
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ async def rows_until_answered(ledger: Ledger, function: str, **arguments: Any) -
     """All rows of the answer, likewise."""
     while True:
         try:
-            return await asyncio.to_thread(ledger.call, function, **arguments)
+            return await ask(ledger, function, **arguments)
         except LedgerUnavailable as exc:
             logger.warning("%s", exc)
 

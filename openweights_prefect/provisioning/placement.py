@@ -21,9 +21,6 @@ class WaitingRun:
     """None until its flow run exists."""
     attempt: int
     model: str | None
-    priority: int
-    owner: str | None
-    """The user who wants it."""
     needs_class: str
     """Runs of one class fit the same pods."""
     needs: Needs
@@ -40,8 +37,6 @@ class WaitingRun:
             run_id=row["run_id"],
             attempt=row["attempt"],
             model=row["model"],
-            priority=row["priority"],
-            owner=row["owner"],
             needs_class=row["needs_class"],
             needs=Needs.from_row(row),
             hinted_worker_id=row["hinted_worker_id"],
@@ -77,7 +72,6 @@ class Pod:
     """Why it is to end."""
     shutdown_requested: bool = False
     age_seconds: float = 0.0
-    idle_seconds: float | None = None
     overdue_seconds: float = float("-inf")
     """Since its deadline; negative before."""
     silent_seconds: float | None = None
@@ -103,7 +97,6 @@ class Pod:
             reason=row["reason"],
             shutdown_requested=row["shutdown_requested"],
             age_seconds=float(row["age_seconds"]),
-            idle_seconds=row["idle_seconds"],
             overdue_seconds=float(row["overdue_seconds"]),
             silent_seconds=row["silent_seconds"],
             heartbeat_seconds=row["heartbeat_seconds"],

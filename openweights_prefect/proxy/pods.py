@@ -12,7 +12,7 @@ from typing import NamedTuple
 from uuid import UUID
 
 from openweights_prefect.ledger.identity import hash_secret
-from openweights_prefect.ledger.protocol import Ledger
+from openweights_prefect.ledger.protocol import Ledger, ask
 
 FRESH_SECONDS = 2.0
 """For how long an answer of the ledger is used again: an ended pod gets no further than this."""
@@ -68,7 +68,7 @@ class Pods:
 
     async def _ask(self, key: str) -> _Known:
         asked_at = _now()
-        rows = await asyncio.to_thread(self._ledger.call, "pod_of_proxy", hash=key)
+        rows = await ask(self._ledger, "pod_of_proxy", hash=key)
         caller = None
         if rows:
             run_ids = frozenset(map(UUID, rows[0]["run_ids"]))

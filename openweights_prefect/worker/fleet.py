@@ -207,22 +207,15 @@ class Fleet:
         if not reaper.is_missing_for_good(pod, sighting.strikes, self._limits):
             return
         # A list may leave a pod out, an answer by its id cannot; who is to end anyway is not asked for.
-        expected = pod.status in ("draining", "lost")
-        if (
-            not expected
-            and pod.pod_id is not None
-            and (held := await self._provider.get(pod.pod_id)) is not None
-        ):
-            if held.status not in reaper.DEAD:
-                sighting.strikes = 0
-            elif held.status not in reaper.GONE:
-                await self._end(pod, held, reaper.Verdict(f"RunPod says {held.status}"))
-                return
-            else:
-                await self._close(pod, "gone from RunPod")
-                return
-        else:
+        held = None
+        if pod.pod_id is not None and pod.status not in ("draining", "lost"):
+            held = await self._provider.get(pod.pod_id)
+        if held is None or held.status in reaper.GONE:
             await self._close(pod, "gone from RunPod" if pod.pod_id else "never created")
+        elif held.status in reaper.DEAD:
+            await self._end(pod, held, reaper.Verdict(f"RunPod says {held.status}"))
+        else:
+            sighting.strikes = 0
 
     async def _close(self, pod: Pod, why: str) -> None:
         billed_until = self._seen.pods[pod.id].billed_until

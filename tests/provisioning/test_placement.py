@@ -15,8 +15,6 @@ def run(name: str, needs_class: str = "a", **changes: Any) -> WaitingRun:
         "run_id": f"run of {name}",
         "attempt": 1,
         "model": None,
-        "priority": 0,
-        "owner": None,
         "needs_class": needs_class,
         "needs": Needs(),
     }

@@ -215,7 +215,7 @@ begin
     end if;
     return query select jsonb_build_object('fenced', false, 'shutdown', pod.shutdown_requested or pod.status = 'draining',
         'cancel', coalesce(cancel, false), 'run_id', pod.run_id, 'next_run', next_run,
-        'deadline_seconds', extract(epoch from pod.deadline_at - now()), 'deadline_at', extract(epoch from pod.deadline_at));
+        'deadline_seconds', extract(epoch from pod.deadline_at - now()));
 end
 $$;
 
@@ -466,7 +466,7 @@ begin
     elsif deadline > pod.deadline_at
           and private.over_budget(pod.price_per_hour * extract(epoch from deadline - pod.deadline_at) / 3600) then
         return query select jsonb_build_object('outcome', 'budget',
-                                               'deadline_seconds', extract(epoch from pod.deadline_at - now()), 'deadline_at', extract(epoch from pod.deadline_at));
+                                               'deadline_seconds', extract(epoch from pod.deadline_at - now()));
         return;
     end if;
     update ledger.worker w set deadline_at = deadline where w.organization_id = org and w.id = pod.id;
