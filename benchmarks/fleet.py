@@ -10,12 +10,9 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +26,7 @@ from fleet_policies import NoReuse, OpenWeights, Ours, PodPerJob
 from fleet_replay import Outcome, Policy, Replay
 from fleet_scheduler import time_passes
 from fleet_trace import Boots, TraceJob, TraceShape, make_trace
+from scratch import say, temporary_folder
 
 from openweights_prefect import OpenWeightsError
 from openweights_prefect.settings import Settings
@@ -236,22 +234,6 @@ def summary(figures: Mapping[str, Figure]) -> str:
             *(Row(what, f"{figures[key]} {unit}") for what, key, unit in rows if key in figures),
         ]
     )
-
-
-@contextmanager
-def temporary_folder() -> Iterator[Path]:
-    """A folder that is gone afterwards; PostgreSQL's own account may enter it."""
-    folder = Path(tempfile.mkdtemp(prefix="ow-benchmark-"))
-    folder.chmod(0o755)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder)
-
-
-def say(text: str) -> None:
-    """Print a line of progress."""
-    print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,8 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +20,7 @@ from ledger_events import time_ingestion, time_log
 from ledger_pages import fill, time_pages
 from ledger_rates import count_round_trips, time_claims, time_submits
 from ledger_site import LedgerSite, temporary_ledger
+from scratch import say, temporary_folder
 
 from openweights_prefect import OpenWeightsError
 
@@ -146,22 +144,6 @@ def summary(figures: Mapping[str, Figure]) -> str:
             *plain("slowest list page, median", "slowest_page_p50_ms", "ms"),
         ]
     )
-
-
-@contextmanager
-def temporary_folder() -> Iterator[Path]:
-    """A folder that is gone afterwards; PostgreSQL's own account may enter it."""
-    folder = Path(tempfile.mkdtemp(prefix="ow-benchmark-"))
-    folder.chmod(0o755)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder)
-
-
-def say(text: str) -> None:
-    """Print a line of progress."""
-    print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from openweights_prefect.provisioning.provider import offer_key
 from openweights_prefect.types.hardware import Needs
 
 HINT_SECONDS = 10.0
@@ -91,7 +92,7 @@ class Pod:
             price_per_hour=float(row["price_per_hour"]),
             cached_models=tuple(row["cached_models"]),
             run_id=row["run_id"],
-            offer_key=f"{row['gpu_type']}|{row['gpu_count']}|{row['cloud']}",
+            offer_key=offer_key(row["gpu_type"], row["gpu_count"], row["cloud"]),
             bought_for=row["bought_for"],
             host=row["host"],
             reason=row["reason"],

@@ -105,6 +105,11 @@ class ProviderPod:
     ram_gb: int = 0
 
 
+def offer_key(gpu_id: str, count: int, cloud: str) -> str:
+    """What refusals of an offer are remembered by, also by the pods that were bought as it."""
+    return f"{gpu_id}|{count}|{cloud}"
+
+
 @dataclass(frozen=True)
 class Offer:
     """Something that can be bought: GPU type, number of cards, cloud and price."""
@@ -123,7 +128,7 @@ class Offer:
     @property
     def key(self) -> str:
         """What refusals of it are remembered by."""
-        return f"{self.gpu_id}|{self.count}|{self.cloud}"
+        return offer_key(self.gpu_id, self.count, self.cloud)
 
     def __str__(self) -> str:
         return f"{self.count}x {self.gpu_name} ({self.cloud.lower()}, ${self.price_per_hour:.2f}/h)"
@@ -145,10 +150,6 @@ class Provider(Protocol):
 
     async def get(self, pod_id: str) -> ProviderPod | None:
         """One pod, or None if there is none; None soon after `create` proves nothing."""
-        ...
-
-    async def find_by_name(self, name: str) -> builtins.list[ProviderPod]:
-        """The pods with exactly this name that still exist, for the reconciliation after `Ambiguous`."""
         ...
 
     async def terminate(self, pod_id: str) -> None:

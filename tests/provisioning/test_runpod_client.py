@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import pytest
 from answering_server import AnsweringServer, answer
+from named_pods import named
 
 from openweights_prefect.errors import ConfigurationError
 from openweights_prefect.provisioning.hardware import parse_hardware
@@ -202,7 +203,7 @@ async def test_a_create_that_fails_after_the_fact_leaves_one_pod(
     created = runpod.report()["created"]
     with pytest.raises(Ambiguous):
         await client.create(_request(f"lost-{body}"))
-    assert len(await client.find_by_name(f"test-lost-{body}")) == 1
+    assert len(await named(client, f"test-lost-{body}")) == 1
     assert runpod.report()["created"] == created + 1
 
 
@@ -210,7 +211,7 @@ async def test_a_pod_above_the_ceiling_is_given_back(client: RunPodClient) -> No
     """A price that went up between catalogue and create costs nothing."""
     with pytest.raises(NoCapacity, match="ceiling"):
         await client.create(_request("dear", price_ceiling=0.10))
-    assert await client.find_by_name("test-dear") == []
+    assert await named(client, "test-dear") == []
 
 
 async def test_reads_are_repeated_after_an_error_of_the_server(

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
+from named_pods import named
 
 from openweights_prefect.errors import ProviderError
 from openweights_prefect.provisioning.provider import (
@@ -141,7 +142,7 @@ async def test_a_create_goes_out_once_whatever_happens(
         with pytest.raises(kind):
             await client.create(_request(name))
     made = {"created_but_reset": 1, "duplicate_create": 2}.get(fault, 0)
-    found = await client.find_by_name(f"test-{name}")
+    found = await named(client, f"test-{name}")
     assert (len(found), runpod.report()["created"] - before) == (made, made)
 
 
@@ -176,7 +177,7 @@ async def test_a_failed_termination_is_repeated(client: RunPodClient, runpod: Si
     _fault(runpod, "delete_500")
     await client.terminate(pod.id)
     async with asyncio.timeout(10):
-        while await client.find_by_name("test-end"):
+        while await named(client, "test-end"):
             await asyncio.sleep(0.05)
 
 

@@ -193,9 +193,6 @@ class ModelProvider:
         pod = self.pods.get(pod_id)
         return self._shown(pod) if pod is not None and self._is_visible(pod) else None
 
-    async def find_by_name(self, name: str) -> builtins.list[ProviderPod]:
-        return [pod for pod in await self.list() if pod.name == name]
-
     async def terminate(self, pod_id: str) -> None:
         await self._way()
         self._witness.terminate_called(pod_id)

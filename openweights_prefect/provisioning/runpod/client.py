@@ -122,10 +122,6 @@ class RunPodClient:
         response = await self._ask("GET", f"/pods/{_segment(pod_id)}", gone_is_fine=True)
         return None if response.status_code == 404 else responses.one_pod(response)
 
-    async def find_by_name(self, name: str) -> builtins.list[ProviderPod]:
-        """The pods with exactly this name, from one complete list; those already terminated are left out."""
-        return [pod for pod in await self.list() if pod.name == name and pod.status != "TERMINATED"]
-
     async def terminate(self, pod_id: str) -> None:
         """End a pod for good; silent when it is already gone."""
         await self._ask("DELETE", f"/pods/{_segment(pod_id)}", gone_is_fine=True)
