@@ -61,6 +61,10 @@ class Settings:
         "Folder or `s3://bucket/prefix` of the files; empty: the Supabase project, else `$OW_HOME/files`.",
     )
     prefect_api_url: str = _setting("PREFECT_API_URL", "", "Address of the Prefect API.")
+    prefect_api_key: str = _setting("PREFECT_API_KEY", "", "Key of a Prefect Cloud account.", secret=True)
+    prefect_auth: str = _setting(
+        "PREFECT_API_AUTH_STRING", "", "`user:password` of a Prefect server that demands it.", secret=True
+    )
     work_pool: str = _setting(
         "OW_WORK_POOL", "openweights", "Prefect work pool that the flows are deployed to."
     )

@@ -7,7 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from prefect.client.orchestration import PrefectClient, get_client
@@ -33,10 +33,24 @@ FOREIGN_END_SECONDS = 15.0
 
 _CLOSE_SECONDS = 10.0
 _PAGE = 200
+_CANCELED = (StateType.CANCELLING, StateType.CANCELLED)
+_ENDED = (StateType.CRASHED, StateType.FAILED, StateType.COMPLETED)
 
 
 class FlowRunGone(LookupError):
     """Prefect has no such flow run: somebody deleted it."""
+
+
+class Ends(NamedTuple):
+    """What Prefect shows of runs that have no end in the ledger."""
+
+    canceled: list[UUID]
+    """Somebody canceled them."""
+    ended: list[UUID]
+    """They have been ended for a while: a living run's own flow did not do that.
+
+    The end of a user's own flow is in Prefect a moment before it is in the ledger, hence the while.
+    """
 
 
 class FlowRuns:
@@ -153,20 +167,20 @@ class FlowRuns:
         """End a scheduled flow run without running it."""
         await self._client.set_flow_run_state(flow_run_id, state, force=True)
 
-    async def canceled_among(self, flow_run_ids: Sequence[UUID]) -> list[UUID]:
-        """Those that somebody canceled in Prefect."""
-        return await self._in_state(flow_run_ids, [StateType.CANCELLING, StateType.CANCELLED])
-
-    async def ended_among(self, flow_run_ids: Sequence[UUID]) -> list[UUID]:
-        """Those that Prefect has shown as ended for a while: a living run's own flow did not do that.
-
-        The end of a user's own flow is in Prefect a moment before it is in the ledger, hence the while.
-        """
-        types = [StateType.CRASHED, StateType.FAILED, StateType.COMPLETED]
-        found = await self._in_state(flow_run_ids, types)
+    async def ends_among(self, flow_run_ids: Sequence[UUID]) -> Ends:
+        """Those of runs without an end in the ledger that Prefect shows as canceled or ended."""
+        types = FlowRunFilterStateType(any_=[*_CANCELED, *_ENDED])
+        found = await self._read_all(flow_run_ids, FlowRunFilterState(type=types))
         now = asyncio.get_running_loop().time()
-        self._ended_since = {each: self._ended_since.get(each, now) for each in found}
-        return [each for each, since in self._ended_since.items() if now - since >= FOREIGN_END_SECONDS]
+        self._ended_since = {
+            flow_run.id: self._ended_since.get(flow_run.id, now)
+            for flow_run in found
+            if flow_run.state_type in _ENDED
+        }
+        return Ends(
+            canceled=[flow_run.id for flow_run in found if flow_run.state_type in _CANCELED],
+            ended=[each for each, since in self._ended_since.items() if now - since >= FOREIGN_END_SECONDS],
+        )
 
     async def restore(self, flow_run_id: UUID) -> None:
         """Make Prefect show a flow run as running that is, by the ledger."""
@@ -178,14 +192,15 @@ class FlowRuns:
         except ObjectNotFound:
             logger.info("Flow run %s is gone from Prefect", flow_run_id)
 
-    async def _in_state(self, flow_run_ids: Sequence[UUID], types: Sequence[StateType]) -> list[UUID]:
-        if not flow_run_ids:
-            return []
-        wanted = FlowRunFilterState(type=FlowRunFilterStateType(any_=list(types)))
-        found = await self._client.read_flow_runs(
-            flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=list(flow_run_ids)), state=wanted)
-        )
-        return [flow_run.id for flow_run in found]
+    async def _read_all(
+        self, flow_run_ids: Sequence[UUID], state: FlowRunFilterState | None = None
+    ) -> list[FlowRun]:
+        """By their ids, as many at once as Prefect answers with."""
+        found: list[FlowRun] = []
+        for start in range(0, len(flow_run_ids), _PAGE):
+            ids = FlowRunFilterId(any_=list(flow_run_ids[start : start + _PAGE]))
+            found += await self._client.read_flow_runs(flow_run_filter=FlowRunFilter(id=ids, state=state))
+        return found
 
     # Work pool and queues -----------------------------------------------------------------------
 
@@ -213,13 +228,11 @@ class FlowRuns:
         if state.paused or not state.paused_queues:
             why = state.reason(None)
             return {} if why is None else dict.fromkeys(flow_run_ids, why)
-        held: dict[UUID, str] = {}
-        for start in range(0, len(flow_run_ids), _PAGE):
-            ids = FlowRunFilterId(any_=list(flow_run_ids[start : start + _PAGE]))
-            for flow_run in await self._client.read_flow_runs(flow_run_filter=FlowRunFilter(id=ids)):
-                if why := state.reason(flow_run.work_queue_name):
-                    held[flow_run.id] = why
-        return held
+        reasons = {
+            flow_run.id: state.reason(flow_run.work_queue_name)
+            for flow_run in await self._read_all(flow_run_ids)
+        }
+        return {flow_run_id: why for flow_run_id, why in reasons.items() if why}
 
     # Logs and artifacts -------------------------------------------------------------------------
 

@@ -42,6 +42,7 @@ class Agent:
         executions: Executions,
         machine: Machine,
         proxy_hash: str | None = None,
+        provider_id: str | None = None,
         new_boot: Callable[[], UUID] = uuid4,
     ) -> None:
         self._worker_id = worker_id
@@ -52,6 +53,7 @@ class Agent:
         self._executions = executions
         self._machine = machine
         self._proxy_hash = proxy_hash
+        self._provider_id = provider_id
         self._new_boot = new_boot
         self.signaled = False
         self._boot = new_boot()
@@ -144,6 +146,7 @@ class Agent:
                     lease_seconds=self._settings.lease_seconds,
                     models=self._models,
                     proxy_hash=self._proxy_hash,
+                    provider_id=self._provider_id,
                 )
             except OpenWeightsError as exc:
                 logger.warning("Cannot register yet: %s", exc)

@@ -131,6 +131,7 @@ class _Pod:
                 executions=executing,
                 machine=self._machine,
                 proxy_hash=hash_secret(proxy_token(self._session)) if settings.prefect_proxy_url else None,
+                provider_id=identity.provider_id,
             )
             calls.update(pod_calls(agent))
             _end_on_signals(agent)

@@ -19,12 +19,18 @@ class PodIdentity:
 
     worker_id: str
     bootstrap: str
+    provider_id: str | None = None
+    """RunPod's id of it."""
 
     @classmethod
     def take(cls, environment: MutableMapping[str, str]) -> PodIdentity:
         """Read the identity and remove the token, so that nothing started later inherits it."""
         try:
-            return cls(worker_id=environment["OW_POD_ID"], bootstrap=environment.pop("OW_POD_TOKEN"))
+            return cls(
+                worker_id=environment["OW_POD_ID"],
+                bootstrap=environment.pop("OW_POD_TOKEN"),
+                provider_id=environment.get("RUNPOD_POD_ID"),
+            )
         except KeyError as exc:
             raise ConfigurationError(
                 f"{exc.args[0]} is not set: the agent runs only in a pod that the `runpod` worker created."

@@ -47,17 +47,13 @@ def counterpart(
     pod: Pod, name: str, listed: Sequence[ProviderPod]
 ) -> tuple[ProviderPod | None, list[ProviderPod]]:
     """The provider's side of a pod, and others of the same name, which one create made too many."""
+    named = [each for each in listed if each.name == name]
+    alive = [each for each in named if each.status not in GONE]
     if pod.pod_id is not None:
-        held = next((each for each in listed if each.id == pod.pod_id), None)
+        held = next((each for each in named if each.id == pod.pod_id), None)
     else:
-        alive = [each for each in listed if each.name == name and each.status not in GONE]
         held = min(alive, key=lambda each: each.id, default=None)
-    extras = [
-        each
-        for each in listed
-        if each.name == name and each.status not in GONE and (held is None or each.id != held.id)
-    ]
-    return held, extras if held is not None else []
+    return held, [each for each in alive if each.id != held.id] if held is not None else []
 
 
 def is_missing_for_good(pod: Pod, strikes: int, limits: Limits) -> bool:

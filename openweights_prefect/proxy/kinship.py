@@ -30,6 +30,7 @@ class Kinship:
         self._upstream = upstream
         self._flow_runs: OrderedDict[UUID, dict[str, Any]] = OrderedDict()
         self._task_runs: OrderedDict[UUID, UUID] = OrderedDict()
+        self._artifacts: OrderedDict[UUID, UUID] = OrderedDict()
         self._children: OrderedDict[UUID, set[UUID]] = OrderedDict()
 
     async def check(self, caller: Caller, demand: Demand) -> None:
@@ -40,10 +41,9 @@ class Kinship:
         for task_run, owner in demand.task_runs.items():
             if not await self._owns_task_run(caller, task_run, owner):
                 raise Refused(f"Task run {task_run} is not one of this pod's.")
-        if demand.artifact is not None:
-            artifact = await self._read(f"/artifacts/{demand.artifact}")
-            flow_run_id = (artifact or {}).get("flow_run_id")
-            if flow_run_id is None or not await self._owns_flow_run(caller, UUID(flow_run_id)):
+        for artifact in demand.artifacts:
+            maker = await self._maker_of(artifact)
+            if maker is None or not await self._owns_flow_run(caller, maker):
                 raise Refused("The artifact is not one of this pod's.")
         if demand.object_id is not None and not await self._has_field(caller, *demand.object_id):
             raise Refused("It does not belong to a flow run of this pod.")
@@ -101,6 +101,17 @@ class Kinship:
         flow_run_id = found.get("flow_run_id")
         _keep(self._task_runs, task_run, holder := UUID(flow_run_id) if flow_run_id else _NOBODY)
         return holder
+
+    async def _maker_of(self, artifact: UUID) -> UUID | None:
+        """The flow run that an artifact is of."""
+        if artifact in self._artifacts:
+            self._artifacts.move_to_end(artifact)
+            return self._artifacts[artifact]
+        flow_run_id = (await self._read(f"/artifacts/{artifact}") or {}).get("flow_run_id")
+        if flow_run_id is None:
+            return None
+        _keep(self._artifacts, artifact, maker := UUID(flow_run_id))
+        return maker
 
     async def _read(self, path: str) -> dict[str, Any] | None:
         answer = await self._upstream.get(path)

@@ -18,7 +18,8 @@ _SAFE_PATH = re.compile(r"(?:/[A-Za-z0-9_~-][A-Za-z0-9_.~-]*)+/?")
 _MOST_ITEMS = 5000
 _FLOW_RUN = "prefect.flow-run."
 _TASK_RUN = "prefect.task-run."
-_OF_A_RUN = ("prefect.asset.", "prefect.artifact.")
+_ARTIFACT = "prefect.artifact."
+_OF_A_RUN = ("prefect.asset.", _ARTIFACT)
 _RESERVED = ("prefect.", "openweights.")
 
 Answer = Literal["forward", "no_storage", "work_pool"]
@@ -35,7 +36,7 @@ class Demand:
     flow_runs: set[UUID] = field(default_factory=set)
     task_runs: dict[UUID, UUID | None] = field(default_factory=dict)
     """Task runs, each with the flow run that the request says it belongs to."""
-    artifact: UUID | None = None
+    artifacts: set[UUID] = field(default_factory=set)
     object_id: tuple[str, str] | None = None
     """A field of flow runs and the value that one of the caller's own must have in it."""
     answer: Answer = "forward"
@@ -58,7 +59,7 @@ def demand_of(method: str, raw_path: str, query: str, body: Any) -> Demand:
 
 
 def demand_of_event(event: Any) -> Demand:
-    """What one event needs: it is about a flow run of the caller, or names one as related."""
+    """What one event needs: it is about a flow run or an artifact of the caller, or relates to a flow run."""
     event = _object(event)
     name = _text(event.get("event"))
     resource = _resource_id(event.get("resource"))
@@ -66,6 +67,9 @@ def demand_of_event(event: Any) -> Demand:
     flow_runs = {
         _uuid(text.removeprefix(_FLOW_RUN)) for text in (resource, *related) if text.startswith(_FLOW_RUN)
     }
+    if not flow_runs and name.startswith(_ARTIFACT) and resource.startswith(_ARTIFACT):
+        # Prefect's client names no flow run when an artifact is made outside of its process, as a job's are.
+        return Demand(artifacts={_uuid(resource.removeprefix(_ARTIFACT))})
     if not flow_runs:
         raise Refused("An event must be about a flow run of the pod.")
     if name.startswith(_TASK_RUN) or resource.startswith(_TASK_RUN):
@@ -199,19 +203,21 @@ def _create_artifact(_: Mapping[str, str], body: Any) -> Demand:
 
 def _update_artifact(path: Mapping[str, str], body: Any) -> Demand:
     _only(body, "data", "description", "metadata_")
-    return Demand(artifact=_uuid(path["id"]))
+    return Demand(artifacts={_uuid(path["id"])})
 
 
 def _create_events(_: Mapping[str, str], body: Any) -> Demand:
     flow_runs: set[UUID] = set()
+    artifacts: set[UUID] = set()
     task_runs: dict[UUID, UUID | None] = {}
     for event in _items(body):
         demand = demand_of_event(event)
         flow_runs |= demand.flow_runs
+        artifacts |= demand.artifacts
         for task_run, owner in demand.task_runs.items():
             if task_runs.setdefault(task_run, owner) != owner:
                 raise Refused("A task run belongs to one flow run.")
-    return Demand(flow_runs, task_runs)
+    return Demand(flow_runs, task_runs, artifacts)
 
 
 _TABLE: list[tuple[str, str, Rule]] = [

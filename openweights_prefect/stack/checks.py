@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -128,7 +128,12 @@ def _hosted_ledger(settings: Settings) -> Check:
 
 def _prefect(settings: Settings) -> Check:
     url = settings.prefect_api_url or prefect_api_url(settings.prefect_port)
-    answer = health.ask(f"{url}/admin/version")
+    answer = health.ask_prefect(replace(settings, prefect_api_url=url), "/admin/version")
+    if answer is not None and answer.status in (401, 403):
+        mend = (
+            "Set `PREFECT_API_KEY` (Prefect Cloud) or `PREFECT_API_AUTH_STRING` to what the server demands."
+        )
+        return Check("prefect", False, f"{url} refuses the credential", mend)
     if answer is None or answer.status != 200:
         mend = "Run `ow up`, or set `PREFECT_API_URL` to the API of a running server."
         return Check("prefect", False, f"no Prefect API at {url}", mend)
@@ -136,7 +141,7 @@ def _prefect(settings: Settings) -> Check:
 
 
 def _work_pool(settings: Settings) -> Check:
-    answer = health.ask(f"{settings.prefect_api_url}/work_pools/{settings.work_pool}")
+    answer = health.ask_prefect(settings, f"/work_pools/{settings.work_pool}")
     if answer is None or answer.status != 200:
         return Check("work pool", False, f"Prefect has no work pool {settings.work_pool!r}", _START)
     kind = answer.json().get("type")
@@ -145,7 +150,7 @@ def _work_pool(settings: Settings) -> Check:
 
 
 def _worker(settings: Settings) -> Check:
-    workers = health.prefect_workers(settings.prefect_api_url, settings.work_pool)
+    workers = health.prefect_workers(settings)
     online = [str(worker.get("name")) for worker in workers if health.is_online(worker)]
     detail = f"online: {', '.join(online)}" if online else f"none is online in {settings.work_pool!r}"
     return Check(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
+
+from openweights_prefect.settings import Settings
 
 _TIMEOUT_SECONDS = 5.0
 
@@ -50,9 +53,19 @@ def answers(url: str, *, expected: int = 200) -> bool:
     return answer is not None and answer.status == expected
 
 
-def prefect_workers(prefect_api_url: str, pool: str) -> list[dict[str, Any]]:
+def ask_prefect(settings: Settings, path: str, *, payload: object = None) -> Answer | None:
+    """Ask the Prefect API of the settings, with their credential as Prefect's own client sends it."""
+    headers = {}
+    if settings.prefect_api_key:
+        headers["Authorization"] = f"Bearer {settings.prefect_api_key}"
+    elif settings.prefect_auth:
+        headers["Authorization"] = f"Basic {base64.b64encode(settings.prefect_auth.encode()).decode()}"
+    return ask(f"{settings.prefect_api_url}{path}", headers=headers, payload=payload)
+
+
+def prefect_workers(settings: Settings) -> list[dict[str, Any]]:
     """The workers that Prefect knows in the pool; empty when it knows none or does not answer."""
-    answer = ask(f"{prefect_api_url}/work_pools/{pool}/workers/filter", payload={})
+    answer = ask_prefect(settings, f"/work_pools/{settings.work_pool}/workers/filter", payload={})
     workers = answer.json() if answer is not None and answer.status == 200 else None
     return workers if isinstance(workers, list) else []
 

@@ -125,7 +125,7 @@ def _worker(settings: Settings, api_key: str) -> Service:
     pool = settings.work_pool
 
     def is_online(process: ServiceProcess) -> bool:
-        workers = health.prefect_workers(settings.prefect_api_url, pool)
+        workers = health.prefect_workers(settings)
         ours = [worker for worker in workers if worker.get("name") == WORKER_NAME]
         return any(health.is_online(worker, since=process.started_at) for worker in ours)
 

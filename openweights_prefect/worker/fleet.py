@@ -14,12 +14,12 @@ from openweights_prefect.provisioning.placement import Pod
 from openweights_prefect.provisioning.provider import Provider, ProviderPod
 from openweights_prefect.provisioning.runpod.system_log import diagnose
 from openweights_prefect.settings import Settings
+from openweights_prefect.worker.orders import pod_name
 from openweights_prefect.worker.purchases import (
     Announce,
     Purchases,
     details_of,
     image_subject,
-    pod_name,
 )
 
 logger = logging.getLogger(__name__)
@@ -210,6 +210,8 @@ class Fleet:
         held = None
         if pod.pod_id is not None and pod.status not in ("draining", "lost"):
             held = await self._provider.get(pod.pod_id)
+            if held is not None and held.name != self._name(pod.id):
+                held = None  # The id is what the pod says of itself: never act on somebody else's.
         if held is None or held.status in reaper.GONE:
             await self._close(pod, "gone from RunPod" if pod.pod_id else "never created")
         elif held.status in reaper.DEAD:

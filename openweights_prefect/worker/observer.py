@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence, Set
 from typing import Any
 from uuid import UUID
 
@@ -143,20 +143,26 @@ class Observer:
             held |= dict.fromkeys(free[room:], why)
         return held
 
-    async def _undo_foreign_ends(self, running: Sequence[UUID]) -> None:
-        """Somebody ended a flow run in Prefect that runs: the ledger is right."""
-        if ended := await self._flow_runs.ended_among(running):
-            pods = (await self._look(max_age_seconds=0))["pods"]
-            alive = {UUID(pod["run_id"]) for pod in pods if pod["run_id"] and pod["silent_seconds"] <= 0}
-            for flow_run_id in alive.intersection(ended):
-                await self._flow_runs.restore(flow_run_id)
-
     async def agree_once(self) -> None:
-        """One pass: canceled flow runs, and Prefect's view of what ended."""
+        """One pass: what somebody canceled or ended in Prefect, and Prefect's view of what ended."""
         snapshot = await self._look()
-        await self._heed_cancellations(snapshot)
-        await self._undo_foreign_ends([UUID(pod["run_id"]) for pod in snapshot["pods"] if pod["run_id"]])
+        jobs = {UUID(row["run_id"]): row["job_id"] for row in snapshot["waiting"] if row["run_id"]}
+        running = [UUID(pod["run_id"]) for pod in snapshot["pods"] if pod["run_id"]]
+        for row in await ask(self._ledger, "known_runs", flow_runs=running):
+            jobs[UUID(row["run_id"])] = row["job_id"]
+        ends = await self._flow_runs.ends_among([*jobs])
+        for flow_run_id in ends.canceled:
+            await ask_one(self._ledger, "cancel_job", job_id=jobs[flow_run_id])
+        if ended := {*ends.ended}.intersection(running):
+            await self._undo_foreign_ends(ended)
         await self._mirror(snapshot["unmirrored"])
+
+    async def _undo_foreign_ends(self, ended: Set[UUID]) -> None:
+        """Somebody ended a flow run in Prefect that runs: the ledger is right."""
+        pods = (await self._look(max_age_seconds=0))["pods"]
+        alive = {UUID(pod["run_id"]) for pod in pods if pod["run_id"] and pod["silent_seconds"] <= 0}
+        for flow_run_id in alive & ended:
+            await self._flow_runs.restore(flow_run_id)
 
     async def reconcile_once(self) -> None:
         """One pass: silent pods and scripts, and the provider's list."""
@@ -262,15 +268,6 @@ class Observer:
             logger.exception("No pod could be bought for job %s", run.job_id)
         finally:
             self._buying.pop(run.job_id, None)
-
-    async def _heed_cancellations(self, snapshot: Row) -> None:
-        """Somebody canceled a flow run in Prefect: cancel its job."""
-        jobs = {UUID(row["run_id"]): row["job_id"] for row in snapshot["waiting"] if row["run_id"]}
-        running = [UUID(pod["run_id"]) for pod in snapshot["pods"] if pod["run_id"]]
-        for row in await ask(self._ledger, "known_runs", flow_runs=running):
-            jobs[UUID(row["run_id"])] = row["job_id"]
-        for flow_run_id in await self._flow_runs.canceled_among(list(jobs)):
-            await ask_one(self._ledger, "cancel_job", job_id=jobs[flow_run_id])
 
     async def _mirror(self, rows: Sequence[Row]) -> None:
         for row in rows:

@@ -12,14 +12,13 @@ from typing import Any
 from openweights_prefect.errors import ProviderError
 from openweights_prefect.ledger.identity import hash_secret
 from openweights_prefect.ledger.protocol import Ledger, ask, ask_one
-from openweights_prefect.provisioning.hardware import choose_offers, explain_no_offer, usable_vram_gb
+from openweights_prefect.provisioning.hardware import choose_offers, explain_no_offer
 from openweights_prefect.provisioning.placement import WaitingRun
 from openweights_prefect.provisioning.provider import (
     Ambiguous,
     InsufficientFunds,
     NoCapacity,
     Offer,
-    PodRequest,
     Provider,
     ProviderOutage,
     ProviderPod,
@@ -29,6 +28,7 @@ from openweights_prefect.provisioning.provider import (
 )
 from openweights_prefect.settings import Settings
 from openweights_prefect.types.hardware import Needs
+from openweights_prefect.worker.orders import pod_request, pod_row
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +44,6 @@ CHEAP_PER_HOUR = 0.6
 _OFFERS_SECONDS = 60.0
 _MOST_TRIES = 6
 _AT_ONCE = 4
-_DISK_GB = 200
-_DEARER = 1.25
 _FIRST_COOLDOWNS = (15.0, 15.0, 15.0)
 _COOLDOWN_MINUTES = (1, 2, 5, 10, 20, 40, 80, 160, 360)
 _REJECTED_SECONDS = 3600.0
@@ -176,7 +174,7 @@ class Purchases:
         intent = await ask_one(
             self._ledger,
             "intend_pod",
-            pod=self._row(worker_id, run, offer),
+            pod=pod_row(worker_id, run, offer, self._settings),
             bootstrap_hash=hash_secret(token),
             ttl_seconds=3600 * self._settings.pod_ttl_hours,
             max_pods=self._settings.max_workers,
@@ -185,10 +183,10 @@ class Purchases:
             return "budget: a pod could cost more than what is left of it; `ow costs` shows it"
         if intent["outcome"] != "intended":
             return f"pod limit: all {self._settings.max_workers} pods of the organization are in use"
+        deadline_at = float(intent["deadline_at"])
+        request = pod_request(worker_id, run, offer, self._settings, token=token, deadline_at=deadline_at)
         try:
-            pod = await self._provider.create(
-                self._request(worker_id, token, offer, run, float(intent["deadline_at"]))
-            )
+            pod = await self._provider.create(request)
         except Ambiguous as exc:
             logger.warning(
                 "It is unknown whether pod %s was created (%s); it is looked for by its name.", worker_id, exc
@@ -207,7 +205,9 @@ class Purchases:
             details=details_of(pod),
         )
         if recorded["outcome"] != "recorded":
-            logger.warning("Pod %s (%s) was given up while it was bought; it is ended.", worker_id, pod.id)
+            logger.warning(
+                "Pod %s (%s) is not needed any more, or was created twice; it is ended.", worker_id, pod.id
+            )
             return None
         if offer.key in self._refused:
             del self._refused[offer.key]
@@ -222,58 +222,6 @@ class Purchases:
         }
         self._announce("created", worker_id, shown)
         return None
-
-    def _row(self, worker_id: str, run: WaitingRun, offer: Offer) -> dict[str, Any]:
-        return {
-            "id": worker_id,
-            "docker_image": run.needs.docker_image,
-            "hardware": f"{offer.count}x {offer.gpu_name}",
-            "gpu_type": offer.gpu_id,
-            "gpu_count": offer.count,
-            "vram_gb": usable_vram_gb(offer),
-            "cloud": offer.cloud,
-            "price_per_hour": offer.price_per_hour,
-            "bought_for": run.job_id,
-            # What was asked for holds until the machine is known.
-            "cuda": self._min_cuda(run),
-            "vcpu": run.needs.min_vcpu,
-            "ram_gb": run.needs.min_ram_gb,
-        }
-
-    def _request(
-        self, worker_id: str, token: str, offer: Offer, run: WaitingRun, deadline_at: float
-    ) -> PodRequest:
-        settings, needs = self._settings, run.needs
-        return PodRequest(
-            name=pod_name(settings.organization_id, worker_id),
-            image=needs.docker_image,
-            gpu_id=offer.gpu_id,
-            gpu_count=offer.count,
-            cloud=offer.cloud,
-            disk_gb=_DISK_GB,
-            min_cuda=self._min_cuda(run),
-            min_vcpu_per_gpu=_per_card(needs.min_vcpu, offer),
-            min_ram_gb_per_gpu=_per_card(needs.min_ram_gb, offer),
-            price_ceiling=min(offer.price_per_hour * _DEARER, needs.max_price_per_hour or float("inf")),
-            env={
-                "OW_POD_ID": worker_id,
-                "OW_POD_TOKEN": token,
-                "OW_DEADLINE_AT": str(int(deadline_at)),
-                "OW_OWNER": settings.organization_id,
-                "OW_GPU_COUNT": str(offer.count),
-                "OW_GPU_MEMORY_GB": str(offer.memory_gb // offer.count),
-                # A pod has no other way to learn what this control plane expects of it.
-                "OW_LEASE_SECONDS": str(settings.lease_seconds),
-                "OW_HEARTBEAT_SECONDS": str(settings.heartbeat_seconds),
-                "OW_POD_IDLE_SECONDS": str(settings.pod_idle_seconds),
-                "OW_CANCEL_GRACE_SECONDS": str(settings.cancel_grace_seconds),
-                "OW_CHECKPOINT_GRACE_SECONDS": str(settings.checkpoint_grace_seconds),
-                **_public_addresses(settings),
-            },
-        )
-
-    def _min_cuda(self, run: WaitingRun) -> str | None:
-        return run.needs.min_cuda or self._settings.min_cuda or None
 
     def _refusal(self, subject: str) -> _Refusal | None:
         refusal = self._refused.get(subject)
@@ -298,11 +246,6 @@ def image_subject(image: str) -> str:
     return f"image:{image[:290]}"
 
 
-def pod_name(organization_id: str, worker_id: str) -> str:
-    """The name at the provider: unique, because the ledger's id is."""
-    return f"ow-{organization_id[-8:]}-{worker_id}"
-
-
 def details_of(pod: ProviderPod) -> dict[str, Any]:
     """What the provider tells of a pod's machine, as `record_pod` takes it."""
     known = {
@@ -319,26 +262,5 @@ def _shown(offer: Offer) -> dict[str, Any]:
     return {"key": offer.key, "hardware": f"{offer.count}x {offer.gpu_name}", **dataclasses.asdict(offer)}
 
 
-def _per_card(need: int, offer: Offer) -> int | None:
-    return -(-need // offer.count) or None
-
-
 def _now() -> float:
     return asyncio.get_running_loop().time()
-
-
-def _public_addresses(settings: Settings) -> dict[str, str]:
-    """Where a pod finds a hosted ledger and what belongs to it; a pod of the local stack reads `stack.json`.
-
-    The provider shows them to everybody in its account: never a token, and never a database URL.
-    """
-    if not settings.supabase_url:
-        return {}
-    addresses = {
-        "SUPABASE_URL": settings.supabase_url,
-        "SUPABASE_ANON_KEY": settings.supabase_key,
-        "PREFECT_API_URL": settings.prefect_proxy_url or settings.prefect_api_url,
-        "OW_PREFECT_PROXY_URL": settings.prefect_proxy_url,
-        "OW_FILE_STORE": settings.file_store,
-    }
-    return {name: value for name, value in addresses.items() if value}

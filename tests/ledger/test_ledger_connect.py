@@ -29,7 +29,7 @@ from openweights_prefect.ledger.identity import hash_secret
 from openweights_prefect.ledger.notifications import notifications
 from openweights_prefect.ledger.protocol import Ledger
 from openweights_prefect.settings import LOCAL_ORGANIZATION_ID, Settings
-from openweights_prefect.worker.purchases import _public_addresses
+from openweights_prefect.worker.orders import public_addresses
 from openweights_prefect.worker.worker import _settings_of_token
 from tests.callers import Callers
 
@@ -168,7 +168,7 @@ def test_without_a_database_there_are_no_notifications() -> None:
 
 def test_a_pod_is_told_public_addresses_only() -> None:
     """The provider shows a pod's environment to its whole account."""
-    told = _public_addresses(
+    told = public_addresses(
         Settings(
             supabase_url="https://x.supabase.co",
             supabase_key="sb_publishable_x",
@@ -185,7 +185,15 @@ def test_a_pod_is_told_public_addresses_only() -> None:
         "PREFECT_API_URL": "https://prefect/api",
         "OW_FILE_STORE": "s3://bucket/x",
     }
-    assert _public_addresses(Settings(prefect_api_url="http://127.0.0.1:4200/api")) == {}
+    assert public_addresses(Settings(prefect_api_url="http://127.0.0.1:4200/api")) == {}
+
+
+def test_a_pod_that_has_a_proxy_is_told_that_alone() -> None:
+    """Of a local stack, too."""
+    local = Settings(prefect_api_url="https://prefect/api", prefect_proxy_url="https://proxy/api")
+    assert public_addresses(local) == {"OW_PREFECT_PROXY_URL": "https://proxy/api"}
+    told = public_addresses(replace(local, supabase_url="https://x.supabase.co"))
+    assert "https://prefect/api" not in told.values()
 
 
 def test_a_ledger_without_http_has_no_access_tokens(tmp_path: Path) -> None:

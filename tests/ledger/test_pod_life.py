@@ -392,6 +392,22 @@ def test_a_second_pod_of_one_create_is_on_the_bill(ledger: Callers, sql: Sql) ->
     assert float(sql(cost)) == pytest.approx(0.02)
 
 
+def test_the_pod_that_works_is_the_one_that_registered(ledger: Callers, sql: Sql) -> None:
+    """The answer to the create named its twin, which is on the bill as well."""
+    buy(ledger)
+    ledger.call("record_pod", for_worker="pod-1", provider_id="abc", price=1.0)
+    boot(ledger, provider_id="def")
+    assert pod(ledger)["pod_id"] == "def"
+    boot(ledger, provider_id="def")
+    boot(ledger)  # An older release does not say it.
+    assert pod(ledger)["pod_id"] == "def"
+    [twin] = sql("select array_agg(duplicate) from ledger.pod_intervals where duplicate is not null")
+    assert twin == "abc"
+    assert ledger.call("record_pod", for_worker="pod-1", provider_id="abc", price=1.0) == [
+        {"outcome": "refused"}
+    ]
+
+
 # Refusals and the proxy -------------------------------------------------------------------------
 
 

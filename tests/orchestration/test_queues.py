@@ -5,20 +5,22 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.actions import WorkPoolUpdate
-from prefect.states import Crashed, Running, Scheduled
+from prefect.client.schemas.objects import FlowRun
+from prefect.states import Cancelled, Cancelling, Crashed, Running, Scheduled
 
 from openweights_prefect.orchestration import flow_runs as flow_runs_module
 from openweights_prefect.orchestration.deployments import ensure_work_pool
-from openweights_prefect.orchestration.flow_runs import FlowRuns
+from openweights_prefect.orchestration.flow_runs import Ends, FlowRuns
 from openweights_prefect.orchestration.queues import ensure_queues, priority_in, queue_of
 from tests.credentials.prefect_server import PrefectServer
 
 T = TypeVar("T")
+NONE = Ends(canceled=[], ended=[])
 
 
 def on(server: PrefectServer, work: Callable[[PrefectClient], Awaitable[T]]) -> T:
@@ -171,19 +173,52 @@ def test_an_end_by_a_stranger_is_noticed_after_a_while_and_undone(
         flow_run = (await client.create_flow_run_from_deployment(deployment)).id
         flow_runs = FlowRuns(client)
         await client.set_flow_run_state(flow_run, Running(), force=True)
-        assert await flow_runs.ended_among([flow_run]) == []
+        assert await flow_runs.ends_among([flow_run]) == NONE
         await client.set_flow_run_state(flow_run, Crashed(message="a stranger"), force=True)
-        assert await flow_runs.ended_among([flow_run]) == []
+        assert await flow_runs.ends_among([flow_run]) == NONE
         async with asyncio.timeout(10):
-            while await flow_runs.ended_among([flow_run]) != [flow_run]:
+            while await flow_runs.ends_among([flow_run]) != Ends(canceled=[], ended=[flow_run]):
                 await asyncio.sleep(0.05)
         await flow_runs.restore(flow_run)
         state = (await client.read_flow_run(flow_run)).state
         assert state is not None
         assert state.is_running()
-        assert await flow_runs.ended_among([flow_run]) == []
+        assert await flow_runs.ends_among([flow_run]) == NONE
         await flow_runs.restore(uuid.uuid4())  # One that is gone is nobody's business.
         await client.set_flow_run_state(flow_run, Scheduled(), force=True)
-        assert await flow_runs.ended_among([flow_run]) == []
+        assert await flow_runs.ends_among([flow_run]) == NONE
 
     on(prefect_server, crash)
+
+
+def test_cancellations_and_ends_are_one_question(
+    prefect_server: PrefectServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many runs there are, and nothing is asked about none."""
+    monkeypatch.setattr(flow_runs_module, "FOREIGN_END_SECONDS", 0.0)
+
+    async def look(client: PrefectClient) -> None:
+        await ensure_work_pool(client, "ends")
+        deployment = await deploy(client, "ends")
+        runs = [(await client.create_flow_run_from_deployment(deployment)).id for _ in range(4)]
+        for run, state in zip(runs, (Cancelling(), Cancelled(), Crashed(), Running()), strict=True):
+            await client.set_flow_run_state(run, state, force=True)
+        asked: list[int] = []
+        read = client.read_flow_runs
+
+        async def count(**filters: Any) -> list[FlowRun]:
+            found = await read(**filters)
+            asked.append(len(found))
+            return found
+
+        monkeypatch.setattr(client, "read_flow_runs", count)
+        flow_runs = FlowRuns(client)
+        assert await flow_runs.ends_among([]) == NONE
+        assert asked == []
+        ends = await flow_runs.ends_among([*runs, uuid.uuid4()])
+        assert ({*ends.canceled}, ends.ended, asked) == ({*runs[:2]}, [runs[2]], [3])
+        monkeypatch.setattr(flow_runs_module, "_PAGE", 2)
+        ends = await flow_runs.ends_among(runs)
+        assert ({*ends.canceled}, ends.ended, asked) == ({*runs[:2]}, [runs[2]], [3, 2, 1])
+
+    on(prefect_server, look)

@@ -50,6 +50,7 @@ class World:
             executions=self.execution,
             machine=self,
             proxy_hash="f" * 64,
+            provider_id="rp-1",
         )
 
     # As the ledger ------------------------------------------------------------------------------
@@ -180,7 +181,7 @@ def test_a_pod_registers_with_its_proxy_hash_and_ends_when_told() -> None:
 
     world = play(scene)
     [registration] = world.asked("register_pod")
-    assert registration["proxy_hash"] == "f" * 64
+    assert (registration["proxy_hash"], registration["provider_id"]) == ("f" * 64, "rp-1")
     assert world.asked("release_pod")[-1]["why"] == "told to end"
     assert set(world.heard) == {86400.0}
 

@@ -55,6 +55,12 @@ def test_a_pod_is_known_by_its_id_or_else_by_its_name() -> None:
     assert counterpart(pod(pod_id=None), NAME, [gone]) == (None, [])
 
 
+def test_a_pod_cannot_pass_for_somebody_elses() -> None:
+    """The id is what it says of itself; the name was given by us."""
+    stranger = listed("xyz", name="somebody-elses")
+    assert counterpart(pod(pod_id="xyz"), NAME, [stranger]) == (None, [])
+
+
 def test_no_twin_is_ended_while_our_own_pod_is_not_in_sight() -> None:
     """The list may have left it out."""
     assert counterpart(pod(pod_id="abc"), NAME, [listed("def")]) == (None, [])

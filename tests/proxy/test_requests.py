@@ -96,6 +96,7 @@ OWN = [
     Case("GET", "/flow_runs/{run}/input/answer"),
     Case("POST", "/events", [event("prefect.flow-run.heartbeat", "prefect.flow-run.{run}")]),
     Case("POST", "/events", [event("mine", "thing", "prefect.flow-run.{run}")]),
+    Case("POST", "/events", [event("prefect.artifact.updated", "prefect.artifact.{artifact}")]),
     Case("POST", "/events", [task_event()]),
 ]
 """Allowed for the pod's own things, refused for those of anybody else."""
@@ -148,6 +149,9 @@ NEVER = [
     Case("POST", "/logs/", [log(worker_id=NIL)]),
     Case("POST", "/artifacts/", {"key": "k", "type": "markdown", "data": "x"}),
     Case("POST", "/events", [event("prefect.flow-run.Failed", "prefect.deployment.{deployment}")]),
+    Case("POST", "/events", [event("mine", "prefect.artifact.{artifact}")]),
+    Case("POST", "/events", [event("prefect.artifact.created", "prefect.artifact.{new}")]),
+    Case("POST", "/events", [event("prefect.artifact.created", "prefect.deployment.{deployment}")]),
     Case(
         "POST",
         "/events",

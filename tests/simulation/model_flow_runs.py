@@ -12,7 +12,7 @@ from uuid import UUID
 
 import httpx
 
-from openweights_prefect.orchestration.flow_runs import FlowRunGone
+from openweights_prefect.orchestration.flow_runs import Ends, FlowRunGone
 from openweights_prefect.orchestration.queues import PoolState
 
 
@@ -77,12 +77,13 @@ class ModelFlowRuns:
     async def answer(self, flow_run_id: UUID, state: Any) -> None:
         await self.mirror(flow_run_id, status=str(state.type), reason=None)
 
-    async def canceled_among(self, flow_run_ids: Sequence[UUID]) -> list[UUID]:
+    async def ends_among(self, flow_run_ids: Sequence[UUID]) -> Ends:
         await self._way()
-        if not flow_run_ids:
-            return []
-        found = [name for name in flow_run_ids if name in self.flow_runs]
-        return [name for name in found if self.flow_runs[name].state == "canceled"]
+        found = [self.flow_runs[name] for name in flow_run_ids if name in self.flow_runs]
+        return Ends(
+            canceled=[flow_run.id for flow_run in found if flow_run.state == "canceled"],
+            ended=[flow_run.id for flow_run in found if flow_run.state in ("completed", "failed", "lost")],
+        )
 
     async def pool_state(self, pool: str) -> PoolState:
         await self._way()
@@ -91,12 +92,6 @@ class ModelFlowRuns:
     async def held_back(self, state: PoolState, flow_run_ids: Sequence[UUID]) -> dict[UUID, str]:
         why = state.reason(None)
         return {} if why is None else dict.fromkeys(flow_run_ids, why)
-
-    async def ended_among(self, flow_run_ids: Sequence[UUID]) -> list[UUID]:
-        await self._way()
-        final = ("canceled", "completed", "failed", "lost")
-        found = [name for name in flow_run_ids if name in self.flow_runs]
-        return [name for name in found if self.flow_runs[name].state in final]
 
     async def restore(self, flow_run_id: UUID) -> None:
         await self._way()

@@ -311,12 +311,17 @@ class ModelLedger:
     def do_record_duplicate(
         self, _: Speaker, for_worker: str, provider_id: str, price: float, seconds: float
     ) -> list[Row]:
-        pod, now = self.pods.get(for_worker), self.clock()
+        pod = self.pods.get(for_worker)
+        if pod is not None:
+            self._bill_duplicate(pod, provider_id, price, seconds)
+        return [{"outcome": "recorded"}]
+
+    def _bill_duplicate(self, pod: Pod, provider_id: str, price: float, seconds: float) -> None:
+        now = self.clock()
         known = {spell.duplicate for each in self.pods.values() for spell in each.intervals}
-        if pod is not None and provider_id not in known:
+        if provider_id not in known:
             spell = Interval("teardown", now - max(0.0, seconds), price, ended_at=now, duplicate=provider_id)
             pod.intervals.append(spell)
-        return [{"outcome": "recorded"}]
 
     def do_expire_leases(self, _: Speaker, silent: list[str] | None = None) -> list[Row]:
         names = [
@@ -419,6 +424,7 @@ class ModelLedger:
         lease_seconds: int,
         models: list[str],
         proxy_hash: str | None = None,
+        provider_id: str | None = None,
     ) -> list[Row]:
         pod, boot = self.alive.get(for_worker), str(as_boot)
         if pod is None or speaker.name != for_worker or not self._speaks(speaker):
@@ -434,6 +440,9 @@ class ModelLedger:
             self._move(pod, "active", None)
             if held is not None:
                 self._lose_run(held, f"the agent of pod {for_worker} restarted")
+        if pod.pod_id is not None and provider_id not in (None, pod.pod_id):
+            self._bill_duplicate(pod, pod.pod_id, pod.price_per_hour, now - pod.created_at)
+        pod.pod_id = provider_id or pod.pod_id
         pod.proxy_hash = proxy_hash or pod.proxy_hash
         pod.heartbeat_at, pod.active_at, pod.cached_models = now, pod.active_at or now, list(models)
         pod.lease_seconds = min(lease_seconds, 3600)

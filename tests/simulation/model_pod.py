@@ -105,6 +105,7 @@ class SimContainer:
             zygote=SimZygote(),
             executions=executions,
             machine=SimMachine(self),
+            provider_id=self.pod.id,
         )
 
     async def _redeem(self) -> bool:

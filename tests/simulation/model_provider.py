@@ -180,7 +180,7 @@ class ModelProvider:
             self._witness.reached(f"list: {fault}")
         if fault == "failed":
             raise ProviderOutage("the list has no end")
-        shown = [self._shown(pod) for pod in self.pods.values() if self._is_visible(pod)]
+        shown = [self._shown(pod) for pod in self.pods.values() if self.is_visible(pod)]
         if fault == "empty":
             shown = []
         if fault == "truncated":
@@ -191,7 +191,7 @@ class ModelProvider:
         await self._way()
         self._check_account()
         pod = self.pods.get(pod_id)
-        return self._shown(pod) if pod is not None and self._is_visible(pod) else None
+        return self._shown(pod) if pod is not None and self.is_visible(pod) else None
 
     async def terminate(self, pod_id: str) -> None:
         await self._way()
@@ -326,7 +326,7 @@ class ModelProvider:
         if pod.container is not None:
             pod.container.kill()
 
-    def _is_visible(self, pod: SimPod) -> bool:
+    def is_visible(self, pod: SimPod) -> bool:
         return pod.exists and self._now() >= pod.visible_at
 
     def _shown(self, pod: SimPod) -> ProviderPod:

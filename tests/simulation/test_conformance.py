@@ -317,6 +317,7 @@ def bring_up(both: Both) -> None:
             as_boot=boots[-1],
             lease_seconds=120,
             models=[],
+            provider_id=both.random.choice([None, f"p-{name}", f"twin-{name}"]),
         )
 
 

@@ -203,7 +203,7 @@ class Watch:
         for pod in self.provider.existing():
             row = self.ledger.pods.get(pod.request.env["OW_POD_ID"])
             assert row is not None
-            seen = self.now() >= pod.visible_at  # Nobody can know of one that the provider hides.
+            seen = self.provider.is_visible(pod)  # Nobody can know of one that the provider hides.
             if able and seen and (row.status == "terminated" or row.pod_id not in (None, pod.id)):
                 self._count_orphan(pod)
             overdue = self.ledger.clock() - row.deadline_at

@@ -66,9 +66,10 @@ end
 $$;
 
 -- Takes the lease of a pod for the process `as_boot`. What an earlier process of the pod held is lost; asked again by
--- the same process, however late, nothing changes but the lease.
+-- the same process, however late, nothing changes but the lease. Which one it is at the provider, if one create made two,
+-- only the pod itself knows.
 create function public.register_pod(
-    for_worker text, as_boot uuid, lease_seconds int, models text[], proxy_hash text default null
+    for_worker text, as_boot uuid, lease_seconds int, models text[], proxy_hash text default null, provider_id text default null
 ) returns setof jsonb
 language plpgsql
 set search_path = ''
@@ -96,6 +97,7 @@ begin
             run_id = case when w.boot = as_boot then w.run_id end,
             idle_since = case when w.boot = as_boot then w.idle_since else now() end,
             boots = w.boots + (w.boot is distinct from as_boot)::int, boot = as_boot,
+            pod_id = coalesce(register_pod.provider_id, w.pod_id),
             proxy_hash = coalesce(register_pod.proxy_hash, w.proxy_hash), heartbeat_at = now(), active_at = coalesce(w.active_at, now()), cached_models = models,
             lease_seconds = register_pod.lease_seconds,
             lease_expires_at = now() + make_interval(secs => least(register_pod.lease_seconds, 3600))

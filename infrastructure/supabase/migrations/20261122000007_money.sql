@@ -14,6 +14,12 @@ begin
         update ledger.pod_intervals i set price_per_hour = new.price_per_hour
         where i.organization_id = new.organization_id and i.worker_id = new.id;
     end if;
+    if tg_op = 'UPDATE' and new.pod_id <> old.pod_id then
+        -- One create made two, and it is the other one that works: the first is on the bill as well.
+        insert into ledger.pod_intervals (organization_id, worker_id, kind, price_per_hour, started_at, ended_at, duplicate)
+        values (new.organization_id, new.id, 'teardown', new.price_per_hour, new.created_at, now(), old.pod_id)
+        on conflict do nothing;
+    end if;
     if tg_op = 'UPDATE' and new.status = old.status and new.run_id is not distinct from old.run_id then
         return null;
     end if;
@@ -30,7 +36,7 @@ begin
 end
 $$;
 
-create trigger track_interval after insert or update of status, run_id, price_per_hour on ledger.worker
+create trigger track_interval after insert or update of status, run_id, price_per_hour, pod_id on ledger.worker
     for each row execute function private.track_interval();
 
 create function private.cost_usd(spell ledger.pod_intervals) returns numeric
@@ -38,64 +44,95 @@ language sql stable
 set search_path = ''
 as $$ select spell.price_per_hour * extract(epoch from coalesce(spell.ended_at, now()) - spell.started_at) / 3600 $$;
 
+-- Which pods were there in a time, and which were bought for a token's jobs: neither reads what else there is.
+create index pod_intervals_ended on ledger.pod_intervals (organization_id, ended_at);
+create index worker_bought_for on ledger.worker (organization_id, bought_for) where bought_for is not null;
+create index jobs_token on ledger.jobs (token_id) where token_id is not null;
+
 -- Every second of pods, charged to the runs that caused it. What a pod did while it ran nothing (boot, idle, teardown) is
 -- shared among all of its runs by how long they ran, whenever that was: the parts of a longer time add up to the whole.
--- `run_id` is null for a pod that ran nothing. Of a run that found its pod warm, `saved_usd` is what another boot would
--- have cost. Without `by_run` nothing is shared. `day` is the UTC midnight before it, when that is asked for. `run_seconds`
--- is null where nothing ran.
+-- So of a pod that was there in the time asked for everything is read, and nothing of other pods. `run_id` is null for a
+-- pod that ran nothing. Of a run that found its pod warm, `saved_usd` is what another boot would have cost. `by_day` shares
+-- nothing and adds the UTC midnight before each charge. `run_seconds` is null where nothing ran.
 create function private.charges(
     for_org uuid, since timestamptz default null, until timestamptz default null, by_day boolean default false,
-    by_run boolean default true, of_pods text[] default null
+    of_pods text[] default null
 ) returns table (worker_id text, run_id uuid, day timestamptz, run_seconds float8, direct_usd float8, boot_usd float8,
                  idle_usd float8, teardown_usd float8, saved_usd float8)
-language sql stable
+language plpgsql stable
 set search_path = ''
+set plan_cache_mode = 'force_custom_plan'  -- so that a plan holds only what is asked for
+set jit = off                              -- of days the planner expects a thousand times as many as there are
 as $$
-    with spell as materialized (
-        select i.worker_id, i.kind, case i.kind when 'run' then i.run_id end as run_id, i.price_per_hour::float8 / 3600 as price,
-               i.started_at, coalesce(i.ended_at, now()) as ended_at
+#variable_conflict use_column
+begin
+    if since is not null or until is not null then
+        of_pods := array(
+            select distinct i.worker_id from ledger.pod_intervals i
+            where i.organization_id = for_org and (of_pods is null or i.worker_id = any (of_pods))
+              and (since is null or i.ended_at >= since or i.ended_at is null) and (until is null or i.started_at <= until));
+    end if;
+    if of_pods = '{}' then
+        return;
+    end if;
+    return query
+    with spell as not materialized (
+        select i.id, i.worker_id, i.kind, case i.kind when 'run' then i.run_id end as run_id, i.price_per_hour, i.started_at,
+               coalesce(i.ended_at, now()) as ended_at
         from ledger.pod_intervals i
         where i.organization_id = for_org and (of_pods is null or i.worker_id = any (of_pods))
-    ), ran as materialized (
-        select t.worker_id, t.run_id, t.started_at,
-               row_number() over (partition by t.worker_id order by t.started_at, t.run_id) as turn,
-               -- Runs that took no time share alike.
-               coalesce(t.seconds / nullif(sum(t.seconds) over (partition by t.worker_id), 0),
-                        1.0::float8 / count(*) over (partition by t.worker_id)) as share
-        from (select s.worker_id, s.run_id, min(s.started_at) as started_at,
-                     sum(date_part('epoch', s.ended_at - s.started_at)) as seconds
-              from spell s where s.run_id is not null group by s.worker_id, s.run_id) as t
-    ), piece as materialized (
-        select c.worker_id, c.run_id, c.kind, c.day, c.seconds, c.seconds * c.price as usd
-        from (select s.worker_id, s.run_id, s.kind, s.price, null::timestamptz as day, s.started_at = s.ended_at as is_moment,
-                     date_part('epoch', least(s.ended_at, until) - greatest(s.started_at, since)) as seconds
-              from spell s where not by_day
+    ), piece as (
+        select c.*, greatest(c.begins, since) as first, least(c.ends, until) as last
+        from (select s.*, null::timestamptz as day, s.started_at as begins, s.ended_at as ends from spell s where not by_day
               union all
-              select s.worker_id, s.run_id, s.kind, s.price, d.day, s.started_at = s.ended_at,
-                     date_part('epoch', least(s.ended_at, until, d.day + interval '24 hours') - greatest(s.started_at, since, d.day))
-              from spell s
-              cross join generate_series(date_trunc('day', greatest(s.started_at, since), 'utc'), least(s.ended_at, until),
-                                         interval '24 hours') as d (day)
-              where by_day) as c
-        where c.seconds > 0 or (c.seconds = 0 and c.is_moment)
+              select d.*, greatest(d.started_at, d.day), least(d.ended_at, d.day + interval '24 hours')
+              from (select s.*, generate_series(date_trunc('day', s.started_at at time zone 'utc') at time zone 'utc', s.ended_at,
+                                                interval '24 hours') as day
+                    from spell s where by_day) as d) as c
+    ), part as materialized (
+        -- A run, or a kind of time in which a pod ran nothing. `seconds` and `usd` are of the time asked for, and null if it
+        -- was not then. A run has one price, so it is one row (by day: one a day); the lowest id tells a pod's first run.
+        select t.*, t.seconds * t.price_per_hour::float8 / 3600 as usd,
+               case t.kind when 'boot' then t.ever_seconds * t.price_per_hour::float8 / 3600 end as ever_boot_usd
+        from (select p.worker_id, p.kind, p.run_id, p.day, p.price_per_hour, min(p.id) as id, min(p.started_at) as started_at,
+                     sum(date_part('epoch', p.ends - p.begins)) as ever_seconds,
+                     sum(date_part('epoch', p.last - p.first))
+                         filter (where p.first < p.last or p.first = p.last and p.started_at = p.ended_at) as seconds
+              from piece p group by p.worker_id, p.kind, p.run_id, p.day, p.price_per_hour) as t
+    ), pod as materialized (
+        select p.worker_id, count(p.run_id) as runs, min(p.id) filter (where p.run_id is not null) as first_id,
+               sum(p.ever_seconds) filter (where p.run_id is not null) as ever_seconds,
+               coalesce(sum(p.ever_boot_usd), 0) as ever_boot_usd,
+               sum(p.usd) filter (where p.run_id is null) is not null as was_there,
+               coalesce(sum(p.usd) filter (where p.kind = 'boot'), 0) as boot,
+               coalesce(sum(p.usd) filter (where p.kind in ('idle', 'run') and p.run_id is null), 0) as idle,
+               coalesce(sum(p.usd) filter (where p.kind = 'teardown'), 0) as teardown
+        from part p group by p.worker_id
     )
-    select p.worker_id, p.run_id, p.day, sum(p.seconds), sum(p.usd), 0, 0, 0, 0
-    from piece p where p.run_id is not null group by p.worker_id, p.run_id, p.day
+    select o.worker_id, r.run_id, null::timestamptz, r.seconds, coalesce(r.usd, 0), o.boot * s.share, o.idle * s.share,
+           o.teardown * s.share,
+           case when r.id > o.first_id and (since is null or r.started_at >= since) and (until is null or r.started_at < until)
+                then o.ever_boot_usd else 0 end
+    from pod o
+    left join part r on r.worker_id = o.worker_id and r.run_id is not null
+    -- Runs that took no time share alike.
+    cross join lateral (select case o.runs when 0 then 1 else coalesce(r.ever_seconds / nullif(o.ever_seconds, 0), 1.0::float8 / o.runs)
+                               end as share) as s
+    where not by_day and (r.seconds is not null or o.was_there)
     union all
-    select o.worker_id, r.run_id, o.day, null, 0, o.boot * s.share, o.idle * s.share, o.teardown * s.share, 0
-    from (select p.worker_id, p.day, coalesce(sum(p.usd) filter (where p.kind = 'boot'), 0) as boot,
-                 coalesce(sum(p.usd) filter (where p.kind in ('idle', 'run')), 0) as idle,
-                 coalesce(sum(p.usd) filter (where p.kind = 'teardown'), 0) as teardown
-          from piece p where p.run_id is null group by p.worker_id, p.day) as o
-    left join ran r on by_run and r.worker_id = o.worker_id
-    cross join lateral (select coalesce(r.share, 1) as share) as s
+    select p.worker_id, p.run_id, p.day, case when p.run_id is not null then p.seconds end,
+           case when p.run_id is not null then p.usd else 0 end, case p.kind when 'boot' then p.usd else 0 end,
+           case when p.kind in ('idle', 'run') and p.run_id is null then p.usd else 0 end,
+           case p.kind when 'teardown' then p.usd else 0 end, 0
+    from part p where by_day and p.seconds is not null
     union all
-    select r.worker_id, r.run_id, case when by_day then date_trunc('day', r.started_at, 'utc') end,
-           null, 0, 0, 0, 0, b.usd
-    from ran r
-    join (select s.worker_id, sum(date_part('epoch', s.ended_at - s.started_at) * s.price) as usd
-          from spell s where s.kind = 'boot' group by s.worker_id) as b on b.worker_id = r.worker_id
-    where r.turn > 1 and (since is null or r.started_at >= since) and (until is null or r.started_at < until)
+    select r.worker_id, null, date_trunc('day', r.started_at, 'utc'), null, 0, 0, 0, 0, sum(o.ever_boot_usd)
+    from (select p.worker_id, min(p.id) as id, min(p.started_at) as started_at
+          from part p where by_day and p.run_id is not null group by p.worker_id, p.run_id) as r
+    join pod o on o.worker_id = r.worker_id and r.id > o.first_id
+    where (since is null or r.started_at >= since) and (until is null or r.started_at < until)
+    group by r.worker_id, 3;
+end
 $$;
 
 -- What the runs that a token asked for have cost until now, and the pods that were bought for it and ran nothing.
@@ -111,10 +148,11 @@ as $$
         select w.id from ledger.jobs j
         join ledger.worker w on w.organization_id = j.organization_id and w.bought_for = j.id
         where j.organization_id = t.organization_id and j.token_id = t.id)) as c
-    left join ledger.runs r on r.id = c.run_id
-    left join ledger.worker w on c.run_id is null and w.organization_id = t.organization_id and w.id = c.worker_id
-    left join ledger.jobs j on j.organization_id = t.organization_id and j.id = w.bought_for
-    where t.id = for_token and coalesce(r.token_id, j.token_id) = t.id
+    where t.id = for_token and case
+        when c.run_id is not null then exists (select from ledger.runs r where r.id = c.run_id and r.token_id = t.id)
+        else exists (select from ledger.worker w
+                     join ledger.jobs j on j.organization_id = w.organization_id and j.id = w.bought_for
+                     where w.organization_id = t.organization_id and w.id = c.worker_id and j.token_id = t.id) end
 $$;
 
 -- Names of tokens and who made them, for reports: members see what the organization's tokens cost.
@@ -147,18 +185,18 @@ begin
         select c.*, case group_by
                         when 'job' then j.id
                         when 'worker' then c.worker_id
-                        when 'day' then to_char(c.day at time zone 'utc', 'YYYY-MM-DD')
                         when 'token' then t.id::text
-                        else coalesce(t.created_by, j.created_by)::text end as key
-        from private.charges(org, since, until, group_by = 'day', group_by not in ('worker', 'day')) as c
+                        when 'user' then coalesce(t.created_by, j.created_by)::text end as key
+        from private.charges(org, since, until, group_by = 'day') as c
         left join ledger.runs r on r.organization_id = org and r.id = c.run_id
         left join ledger.worker w on c.run_id is null and w.organization_id = org and w.id = c.worker_id
         left join ledger.jobs j on j.organization_id = org and j.id = coalesce(r.job_id, w.bought_for)
-        left join private.token_names() t on t.id = case when r.id is null then j.token_id else r.token_id end
+        left join private.token_names() t on group_by in ('token', 'user') and t.id = case when r.id is null then j.token_id else r.token_id end
     ), summed as (
-        select c.key, count(c.run_seconds) as runs, sum(c.direct_usd) as direct, sum(c.boot_usd) as boot, sum(c.idle_usd) as idle, sum(c.teardown_usd) as teardown,
+        select coalesce(c.key, to_char(c.day at time zone 'utc', 'YYYY-MM-DD')) as key, count(c.run_seconds) as runs,
+               sum(c.direct_usd) as direct, sum(c.boot_usd) as boot, sum(c.idle_usd) as idle, sum(c.teardown_usd) as teardown,
                sum(c.saved_usd) as saved, coalesce(sum(c.run_seconds), 0) as run_seconds
-        from charged c group by c.key)
+        from charged c group by c.key, c.day)
     select jsonb_build_object(
         'key', s.key, 'label', coalesce(j.type, w.hardware, t.name, m.email), 'runs', s.runs,
         'direct_usd', s.direct, 'overhead_usd', s.boot + s.idle + s.teardown,

@@ -19,13 +19,15 @@ from psycopg.rows import dict_row
 
 from openweights_prefect.errors import OpenWeightsError
 from openweights_prefect.ledger.protocol import Ledger, Row
+from openweights_prefect.orchestration.flow_runs import Ends
 from openweights_prefect.orchestration.queues import PoolState
 from openweights_prefect.provisioning.runpod.client import RunPodClient
 from openweights_prefect.settings import LOCAL_ORGANIZATION_ID, Settings
 from openweights_prefect.simulator.server import SimulatorServer
 from openweights_prefect.worker.fleet import Fleet
 from openweights_prefect.worker.observer import Observer
-from openweights_prefect.worker.purchases import Purchases, pod_name
+from openweights_prefect.worker.orders import pod_name
+from openweights_prefect.worker.purchases import Purchases
 from tests.callers import Callers, bootstrap_hash
 from tests.simulation.model_flow_runs import ModelFlowRuns
 
@@ -50,8 +52,8 @@ class FlowRuns(ModelFlowRuns):
     async def held_back(self, state: PoolState, flow_run_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, str]:
         return {}
 
-    async def ended_among(self, flow_run_ids: Sequence[uuid.UUID]) -> list[uuid.UUID]:
-        return []
+    async def ends_among(self, flow_run_ids: Sequence[uuid.UUID]) -> Ends:
+        return (await super().ends_among(flow_run_ids))._replace(ended=[])
 
     async def restore(self, flow_run_id: uuid.UUID) -> None:
         raise AssertionError("nobody ended anything")
