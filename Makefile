@@ -18,7 +18,7 @@ help:
 	@echo 'make test            the whole suite, in a fresh virtual environment'
 	@echo 'make check           format, lint, types and tests, in the environment at hand'
 	@echo 'make attacks         what hostile callers, tokens, names and jobs may not do'
-	@echo 'make bench-dispatch  how fast jobs start, against the stock Prefect worker'
+	@echo 'make bench-dispatch  how fast jobs start, against the stock Prefect worker (ARGS=--full: 50 pods)'
 	@echo 'make bench-ledger    the ledger, against bare PostgreSQL (ARGS=--full: 100 k jobs, 1 M events)'
 	@echo 'make faults          what dies, lies or hangs, and what must hold all the same'
 	@echo 'make bench-fleet     the scheduler at scale, the cost of a day of jobs, cancels (ARGS=--full: 50 pods)'

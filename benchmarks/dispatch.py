@@ -1,7 +1,8 @@
 """From submit to the first line of a job, and jobs per minute: this product beside Prefect's process worker.
 
-Both run on the same Prefect server, in one local stack that this script starts in a temporary folder and
-removes at the end. `README.md` beside it says what each figure is. Exits with 0 when every goal is met.
+For each number of pods both run on the same Prefect server, in a local stack that this script starts in a
+temporary folder and removes at the end. `README.md` beside it says what each figure is. Exits with 0
+when every goal is met.
 """
 
 from __future__ import annotations
@@ -9,22 +10,22 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
 import httpx
+import psutil
 from figures import Figure, Limit, Row, all_met, document, p50, p90, table, verdicts
-from local_product import Submitter, Times, await_pods, local_stack, repeat_finished
+from local_product import Submitter, Times, local_stack, repeat_finished
+from scratch import say, temporary_folder
 from stock_worker import StockTimes, StockWorker
 
 from openweights_prefect import OpenWeightsError, StackError
@@ -32,20 +33,25 @@ from openweights_prefect.settings import Settings
 from openweights_prefect.stack.environment import common_environment
 from openweights_prefect.stack.service import Folders
 
-SLOTS = 2
+SLOTS = (1, 8)
+FULL_SLOTS = (*SLOTS, 50)
 GOALS = (
-    Limit("first_line_ratio", "at_least", 10),
-    Limit("jobs_per_minute_ratio", "at_least", 5),
+    Limit("failed", "at_most", 0),
     Limit("import_cpu_seconds", "at_most", 0.25),
     Limit("help_cpu_seconds", "at_most", 0.35),
 )
-AIMS = (
-    Limit("first_line_ratio", "at_least", 20),
+GOALS_PER_SLOTS = (
     Limit("first_line_p50_seconds", "at_most", 0.5),
+    Limit("first_line_ratio", "at_least", 10),
+    Limit("jobs_per_minute_ratio", "at_least", 5),
+)
+AIMS_PER_SLOTS = (
+    Limit("first_line_ratio", "at_least", 20),
     Limit("jobs_per_minute_ratio", "at_least", 10),
 )
 
 _PEER_POLL_SECONDS = 10.0  # Prefect's default of PREFECT_WORKER_QUERY_SECONDS, which is left as it is.
+_POD_MB, _REST_MB = 170, 2000  # What an agent needs, and the services and the peer.
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -54,77 +60,133 @@ class Sizes:
     """How much is measured."""
 
     discarded: int = 5
-    rounds: int = 5
+    rounds: int = 4
     """Each has one run of the peer, then some jobs of ours."""
-    jobs_per_round: int = 4
+    jobs_per_round: int = 5
     half_burst: int = 30
-    """Jobs at once, before the peer's burst and again after it."""
+    """Jobs at once, before the peer's burst and again after it; at least."""
+    jobs_per_pod: int = 2
     peer_burst: int = 10
+    """At most; four for each slot."""
     cpu_repeats: int = 7
     repeated_submits: int = 30
 
 
-QUICK = Sizes(discarded=3, rounds=2, jobs_per_round=3, half_burst=10, peer_burst=4, cpu_repeats=3)
+QUICK = Sizes(
+    discarded=3, rounds=2, jobs_per_round=3, half_burst=10, jobs_per_pod=1, peer_burst=4, cpu_repeats=3
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--slots", type=int, nargs="+", metavar="PODS", help="how many pods; a stack for each"
+    )
+    parser.add_argument("--full", action="store_true", help="also with 50 pods, which need 10 GB of memory")
     parser.add_argument("--quick", action="store_true", help="fewer repeats, for a first impression")
-    quick = parser.parse_args(arguments).quick
-    for number in _INTERRUPTS:
-        signal.signal(number, _interrupt)
+    given = parser.parse_args(arguments)
+    slots = given.slots or (FULL_SLOTS if given.full else SLOTS)
+    _heed_interrupts()
     try:
         with temporary_folder() as folder:
-            figures = measure(QUICK if quick else Sizes(), folder, os.environ)
+            figures = measure(QUICK if given.quick else Sizes(), slots, folder, os.environ)
     except (OpenWeightsError, httpx.HTTPError) as exc:
         print(f"The benchmark could not be done: {exc}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("Interrupted; what had been started is stopped.", file=sys.stderr)
         return 130
-    print(f"\n{summary(figures)}\n")
-    print(verdicts(GOALS, figures, word="goal"), verdicts(AIMS, figures, word="aim"), sep="\n")
-    print(document("dispatch", figures | {"quick": quick}, goals=GOALS, aims=AIMS))
-    return 0 if all_met(GOALS, figures) else 1
+    measured = [count for count in slots if of("first_line_ratio", count) in figures]
+    goals = [*GOALS, *limits_of(GOALS_PER_SLOTS, measured)]
+    aims = limits_of(AIMS_PER_SLOTS, measured)
+    print(f"\n{summary(figures, measured)}\n")
+    print(verdicts(goals, figures, word="goal"), verdicts(aims, figures, word="aim"), sep="\n")
+    print(document("dispatch", figures | {"quick": given.quick}, goals=goals, aims=aims))
+    return 0 if all_met(goals, figures) else 1
 
 
-def measure(sizes: Sizes, folder: Path, environment: Mapping[str, str]) -> dict[str, Figure]:
+def of(name: str, slots: int) -> str:
+    """The name of a figure with so many pods."""
+    return f"{name}_{slots}_pod{'' if slots == 1 else 's'}"
+
+
+def limits_of(limits: Sequence[Limit], measured: Sequence[int]) -> list[Limit]:
+    """The limits for each number of pods."""
+    return [limit._replace(figure=of(limit.figure, slots)) for slots in measured for limit in limits]
+
+
+def measure(
+    sizes: Sizes, slots: Sequence[int], folder: Path, environment: Mapping[str, str]
+) -> dict[str, Figure]:
     """Every figure; stops what it starts, also when it fails or is interrupted."""
     # With the settings that everybody has: the user's own stay out.
     neutral = {name: value for name, value in environment.items() if not name.startswith("OW_")}
-    neutral = {**common_environment(Folders(folder / "stack"), neutral), "OW_MAX_WORKERS": str(SLOTS)}
-    machine = describe_machine()
-    cpu = time_imports(neutral, sizes.cpu_repeats)
+    figures = describe_machine()
+    figures |= time_imports(common_environment(Folders(folder / "none"), neutral), sizes.cpu_repeats)
+    for count in slots:
+        if shortage := memory_shortage(count):
+            say(f"Not with {count} pods: {shortage}")
+            figures[of("not_run", count)] = shortage
+            continue
+        own = folder / f"{count}"
+        stack = {**common_environment(Folders(own / "stack"), neutral), "OW_MAX_WORKERS": str(count)}
+        try:
+            found = measure_stack(sizes, count, own, stack)
+        except (OpenWeightsError, httpx.HTTPError) as exc:
+            say(f"It failed with {count} pods: {exc}")
+            found = {"failure": str(exc)}
+        figures |= {of(name, count): value for name, value in found.items()}
+    return figures | {"failed": sum(of("failure", count) in figures for count in slots)}
+
+
+def measure_stack(
+    sizes: Sizes, slots: int, folder: Path, environment: Mapping[str, str]
+) -> dict[str, Figure]:
+    """The figures with so many pods, and as many slots of the peer, in a stack of their own."""
+    _heed_interrupts()  # The end of the stack before this one ignored them.
     with ExitStack() as cleanup:
-        say(f"Starting a local stack in {neutral['OW_HOME']!r}")
-        settings = cleanup.enter_context(local_stack(neutral, say))
+        say(f"Starting a local stack in {environment['OW_HOME']!r}")
+        settings = cleanup.enter_context(local_stack(environment, say))
         say("Starting the peer, `prefect worker start --type process`")
         peer = cleanup.enter_context(
             StockWorker(
-                api_url=settings.prefect_api_url, folder=folder / "peer", environment=neutral, slots=SLOTS
+                api_url=settings.prefect_api_url, folder=folder / "peer", environment=environment, slots=slots
             )
         )
         submitter = Submitter(settings)
         cleanup.callback(submitter.close)
         cleanup.callback(_ignore_interrupts)  # The first to be called: nothing cuts the stopping short.
-        warm_up(submitter, settings, sizes.discarded)
-        latency = time_first_lines(submitter, peer, sizes)
-        throughput = time_bursts(submitter, peer, sizes)
-        repeated = time_repeated_submits(settings, sizes.repeated_submits)
-        load: dict[str, Figure] = {"load_average_after": round(os.getloadavg()[0], 2)}
-    return {**latency, **throughput, **cpu, **repeated, **machine, **load}
+        say(f"Warming up: {slots} pods, and {sizes.discarded} jobs that do not count")
+        boot_seconds = submitter.boot_pods(slots)
+        for _ in range(sizes.discarded):
+            submitter.time_one()
+        return {
+            "boot_seconds": round(boot_seconds, 1),
+            **time_first_lines(submitter, peer, sizes),
+            **time_bursts(submitter, peer, sizes, slots),
+            **time_repeated_submits(settings, sizes.repeated_submits),
+            # Fewer would mean that some were given up under way.
+            "pods_at_end": submitter.count_pods(),
+            "load_average": round(os.getloadavg()[0], 2),
+        }
 
 
 def describe_machine() -> dict[str, Figure]:
     """What the other figures depend on."""
     return {
-        "slots": SLOTS,
         "cpus": os.cpu_count() or 0,
+        "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
         "python": platform.python_version(),
         "prefect": version("prefect"),
         "load_average_before": round(os.getloadavg()[0], 2),
     }
+
+
+def memory_shortage(slots: int) -> str:
+    """Why so many pods do not fit into memory; empty when they do."""
+    needed, free = slots * _POD_MB + _REST_MB, psutil.virtual_memory().available >> 20
+    return f"{needed} MB of memory are needed, {free} MB are free" if free < needed else ""
 
 
 def time_imports(environment: Mapping[str, str], repeats: int) -> dict[str, Figure]:
@@ -151,15 +213,6 @@ def cpu_seconds(command: Sequence[str], environment: Mapping[str, str]) -> float
     if process.returncode != 0:
         raise StackError(f"{command!r} ended with exit code {process.returncode}; its message is above.")
     return usage.ru_utime + usage.ru_stime
-
-
-def warm_up(submitter: Submitter, settings: Settings, discarded: int) -> None:
-    """Have a booted pod in every slot of ours, and discard the first jobs; the peer is warm when online."""
-    say(f"Warming up: {SLOTS} pods, and {discarded} jobs that do not count")
-    submitter.time_burst(SLOTS)
-    await_pods(settings, SLOTS)
-    for _ in range(discarded):
-        submitter.time_one()
 
 
 def time_first_lines(submitter: Submitter, peer: StockWorker, sizes: Sizes) -> dict[str, Figure]:
@@ -203,22 +256,22 @@ def first_line_figures(ours: Sequence[Times], theirs: Sequence[StockTimes]) -> d
     }
 
 
-def time_bursts(submitter: Submitter, peer: StockWorker, sizes: Sizes) -> dict[str, Figure]:
+def time_bursts(submitter: Submitter, peer: StockWorker, sizes: Sizes, slots: int) -> dict[str, Figure]:
     """No-op jobs per minute, many submitted at once, with the same number of slots."""
-    half = sizes.half_burst
-    say(f"Each at once: {half} jobs, {sizes.peer_burst} runs of the stock worker, {half} jobs")
+    half, runs = max(sizes.half_burst, sizes.jobs_per_pod * slots), min(sizes.peer_burst, 4 * slots)
+    say(f"Each at once: {half} jobs, {runs} runs of the stock worker, {half} jobs")
     seconds = submitter.time_burst(half)
-    submitted = [peer.submit() for _ in range(sizes.peer_burst)]
+    submitted = [peer.submit() for _ in range(runs)]
     last_end = max(run.submitted_at + peer.wait(run).finished for run in submitted)
     peer_seconds = last_end - submitted[0].submitted_at
     again = submitter.time_burst(half)
     say(f"They took {seconds:.1f} s, {peer_seconds:.1f} s, {again:.1f} s")
-    rate, peer_rate = 120 * half / (seconds + again), 60 * sizes.peer_burst / peer_seconds
+    rate, peer_rate = 120 * half / (seconds + again), 60 * runs / peer_seconds
     return {
         "jobs_per_minute": round(rate, 1),
         "burst_jobs": 2 * half,
         "peer_jobs_per_minute": round(peer_rate, 1),
-        "peer_burst_jobs": sizes.peer_burst,
+        "peer_burst_jobs": runs,
         "jobs_per_minute_ratio": round(rate / peer_rate, 2),
     }
 
@@ -232,44 +285,38 @@ def time_repeated_submits(settings: Settings, count: int) -> dict[str, Figure]:
     }
 
 
-def summary(figures: Mapping[str, Figure]) -> str:
+def summary(figures: Mapping[str, Figure], measured: Sequence[int]) -> str:
     """The table."""
-
-    def seconds(name: str) -> str:
-        return f"{figures[f'{name}_seconds']:.2f} s"
-
-    def row(what: str, name: str, ratio: str = "") -> Row:
-        return Row(what, seconds(name), seconds(f"peer_{name}"), ratio)
-
-    first_line_ratio, rate_ratio = figures["first_line_ratio"], figures["jobs_per_minute_ratio"]
-    rates = f"{figures['jobs_per_minute']}", f"{figures['peer_jobs_per_minute']}"
-    return table(
-        [
-            Row("", "ours", "stock", "ratio"),
-            row("submit to first line, median", "first_line_p50", f"{first_line_ratio}x"),
-            row("submit to first line, p90", "first_line_p90"),
-            row("submit to finished, median", "finished_p50"),
-            Row(f"no-op jobs per minute, {SLOTS} slots", *rates, f"{rate_ratio}x"),
-            Row("CPU of `import openweights_prefect`", seconds("import_cpu")),
-            Row("CPU of `ow --help`", seconds("help_cpu")),
-            Row("submit of a finished job, median", f"{figures['repeated_submit_p50_ms']} ms"),
-        ]
-    )
+    rows = [
+        Row("", "ours", "stock", "ratio"),
+        Row("CPU of `import openweights_prefect`", f"{figures['import_cpu_seconds']:.2f} s"),
+        Row("CPU of `ow --help`", f"{figures['help_cpu_seconds']:.2f} s"),
+    ]
+    for slots in measured:
+        rows += rows_of(figures, slots)
+    return table(rows)
 
 
-@contextmanager
-def temporary_folder() -> Iterator[Path]:
-    """A folder that is gone afterwards."""
-    folder = Path(tempfile.mkdtemp(prefix="ow-benchmark-"))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder)
+def rows_of(figures: Mapping[str, Figure], slots: int) -> list[Row]:
+    """The table's rows for one number of pods."""
+
+    def row(what: str, name: str, unit: str, ratio: str = "") -> Row:
+        ours, theirs = (f"{figures[of(side + name, slots)]}{unit}" for side in ("", "peer_"))
+        return Row(what, ours, theirs, f"{figures[of(ratio, slots)]}x" if ratio else "")
+
+    return [
+        Row(f"with {slots} pod{'' if slots == 1 else 's'}", ""),
+        row("  submit to first line, median", "first_line_p50_seconds", " s", "first_line_ratio"),
+        row("  submit to first line, p90", "first_line_p90_seconds", " s"),
+        row("  submit to finished, median", "finished_p50_seconds", " s"),
+        row("  no-op jobs per minute", "jobs_per_minute", "", "jobs_per_minute_ratio"),
+        Row("  submit of a finished job, median", f"{figures[of('repeated_submit_p50_ms', slots)]} ms"),
+    ]
 
 
-def say(text: str) -> None:
-    """Print a line of progress."""
-    print(text, flush=True)
+def _heed_interrupts() -> None:
+    for number in _INTERRUPTS:
+        signal.signal(number, _interrupt)
 
 
 def _interrupt(*_: object) -> NoReturn:

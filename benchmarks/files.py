@@ -13,13 +13,12 @@ import resource
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from figures import Figure, Limit, Row, all_met, document, p50, table, verdicts
+from scratch import say, temporary_folder
 
 from openweights_prefect.errors import OpenWeightsError
 from openweights_prefect.files.hashing import digest_path
@@ -175,21 +174,6 @@ def fill(path: Path, size: int) -> None:
     with path.open("wb") as file:
         for number in range(size // _BLOCK):
             file.write(number.to_bytes(8, "big") + block[8:])
-
-
-@contextmanager
-def temporary_folder(parent: Path | None) -> Iterator[Path]:
-    """A folder that is gone afterwards."""
-    folder = Path(tempfile.mkdtemp(prefix="ow-benchmark-", dir=parent))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder)
-
-
-def say(text: str) -> None:
-    """Print a line of progress."""
-    print(text, flush=True)
 
 
 if __name__ == "__main__":

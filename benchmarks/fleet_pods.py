@@ -4,47 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import closing
 from pathlib import Path
 
 import psutil
 from figures import Figure, p50, p90
 from fleet_replay import p95
 from local_product import Submitter, local_stack
-from pydantic import BaseModel
 
-from openweights_prefect import Job, Jobs, OpenWeights, StackError, register
-from openweights_prefect.ledger.postgres import local_ledger
+from openweights_prefect import Job, Jobs, OpenWeights, StackError
 from openweights_prefect.settings import Settings
 from openweights_prefect.stack.environment import common_environment
 from openweights_prefect.stack.service import Folders
 
 _START_SECONDS = 120.0
 _GONE_SECONDS = 60.0
-_BOOT_SECONDS = 60.0
-_BOOT_SECONDS_PER_POD = 10.0
 _STUBBORN_EVERY = 4
 """Each fourth job ignores SIGTERM."""
-
-
-class SleeperParams(BaseModel):
-    """Makes each job another one."""
-
-    number: int
-    stubborn: bool
-
-
-@register("benchmark_sleeper")
-class Sleeper(Jobs):
-    """Prints its process id and sleeps until it is canceled."""
-
-    params = SleeperParams
-    requires_vram_gb = 8
-
-    def get_entrypoint(self, validated_params: SleeperParams) -> str:
-        """The command; a trap of '' is inherited by what it starts."""
-        deaf = "trap '' TERM; " if validated_params.stubborn else ""
-        return f"{deaf}echo $$; exec sleep 600"
 
 
 def time_pods(
@@ -59,10 +34,10 @@ def time_pods(
         figures: dict[str, Figure] = {"cancel_grace_seconds": settings.cancel_grace_seconds}
         try:
             say("One pod: first lines")
-            figures |= _first_lines(submitter, settings, 1, samples=10)
+            figures |= _first_lines(submitter, 1, samples=10)
             say(f"{pods} pods: first lines, and a burst")
-            figures |= _boot(ow, settings, pods)
-            figures |= _first_lines(submitter, settings, pods, samples=12)
+            figures[f"boot_seconds_{pods}_pods"] = round(submitter.boot_pods(pods), 1)
+            figures |= _first_lines(submitter, pods, samples=12)
             jobs = 5 * pods
             seconds = submitter.time_burst(jobs)
             figures[f"jobs_per_minute_{pods}_pods"] = round(60 * jobs / seconds, 1)
@@ -74,37 +49,12 @@ def time_pods(
     return figures
 
 
-def _first_lines(submitter: Submitter, settings: Settings, pods: int, *, samples: int) -> dict[str, Figure]:
-    submitter.time_one()
-    _await_pods(settings, pods)
-    for _ in range(3):
+def _first_lines(submitter: Submitter, pods: int, *, samples: int) -> dict[str, Figure]:
+    for _ in range(4):
         submitter.time_one()
     seconds = [submitter.time_one().first_line for _ in range(samples)]
     name = f"first_line_{{}}_seconds_{pods}_pod{'s' if pods > 1 else ''}"
     return {name.format("p50"): round(p50(seconds), 3), name.format("p90"): round(p90(seconds), 3)}
-
-
-def _boot(ow: OpenWeights, settings: Settings, pods: int) -> dict[str, Figure]:
-    """Have every pod: so many jobs that do not end, each of which needs one."""
-    started = time.perf_counter()
-    sleepers = [_sleeper(ow, -1 - number, stubborn=False) for number in range(pods)]
-    _await_pods(settings, pods)
-    seconds = time.perf_counter() - started
-    processes = [psutil.Process(_pid_of(job)) for job in sleepers]
-    for job, process in zip(sleepers, processes, strict=True):
-        _cancel(job, process)
-    return {f"boot_seconds_{pods}_pods": round(seconds, 1)}
-
-
-def _await_pods(settings: Settings, count: int) -> None:
-    """Return when so many have booted, which costs seconds of CPU each."""
-    seconds = _BOOT_SECONDS + _BOOT_SECONDS_PER_POD * count
-    deadline = time.monotonic() + seconds
-    with closing(local_ledger(settings.database_url, settings.organization_id)) as ledger:
-        while len(ledger.call("list_workers", with_status=["active", "busy"], max_rows=count)) < count:
-            if time.monotonic() > deadline:
-                raise StackError(f"There were not {count} pods within {seconds:g} s.")
-            time.sleep(0.5)
 
 
 def _cancels(ow: OpenWeights, settings: Settings, count: int, *, at_once: int) -> dict[str, Figure]:

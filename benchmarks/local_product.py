@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,8 @@ from openweights_prefect.stack.service import Folders
 from openweights_prefect.stack.up import up
 
 _JOB_SECONDS = 180.0
-_PODS_SECONDS = 120.0
+_PODS_SECONDS = 60.0
+_POD_SECONDS = 10.0
 
 
 class NoopParams(BaseModel):
@@ -44,6 +45,26 @@ class Noop(Jobs):
         return "date +%s.%N"
 
 
+class SleeperParams(BaseModel):
+    """Makes each job another one."""
+
+    number: int
+    stubborn: bool = False
+
+
+@register("benchmark_sleeper")
+class Sleeper(Jobs):
+    """Prints its process id and sleeps until it is canceled."""
+
+    params = SleeperParams
+    requires_vram_gb = 8
+
+    def get_entrypoint(self, validated_params: SleeperParams) -> str:
+        """The command; a trap of '' is inherited by what it starts."""
+        deaf = "trap '' TERM; " if validated_params.stubborn else ""
+        return f"{deaf}echo $$; exec sleep 3600"
+
+
 class Times(NamedTuple):
     """Seconds from just before `create` to each step of a job, by the clock of this one machine."""
 
@@ -60,8 +81,24 @@ class Submitter:
     """Submits no-op jobs as a user would, no two the same."""
 
     def __init__(self, settings: Settings) -> None:
+        self._settings = settings
         self._ow = OpenWeights(settings=settings)
         self._count = 0
+
+    def boot_pods(self, count: int) -> float:
+        """Have so many idle pods, by jobs that do not end; seconds until all had booted."""
+        started = time.perf_counter()
+        jobs = [self._ow.benchmark_sleeper.create(number=-1 - number) for number in range(count)]
+        _await_pods(self._settings, count, "active", "busy")
+        seconds = time.perf_counter() - started
+        for job in jobs:
+            job.cancel()
+        _await_pods(self._settings, count, "active")
+        return seconds
+
+    def count_pods(self) -> int:
+        """Pods that have booted and not ended."""
+        return _count_pods(self._settings, "active", "busy")
 
     def time_one(self) -> Times:
         """Submit one job and wait for its end."""
@@ -115,17 +152,19 @@ def repeat_finished(settings: Settings, count: int) -> RepeatedSubmits:
     return RepeatedSubmits(seconds, ledger.calls)
 
 
-def await_pods(settings: Settings, count: int) -> None:
-    """Return when so many pods have booted; raises `StackError` when that takes too long."""
-    ledger = local_ledger(settings.database_url, settings.organization_id)
-    deadline = time.monotonic() + _PODS_SECONDS
-    try:
-        while len(ledger.call("list_workers", with_status=["active", "busy"])) < count:
-            if time.monotonic() > deadline:
-                raise StackError(f"There were not {count} pods within {_PODS_SECONDS:g} s.")
-            time.sleep(0.2)
-    finally:
-        ledger.close()
+def _await_pods(settings: Settings, count: int, *statuses: str) -> None:
+    """Return when there are so many; each costs seconds of CPU. Raises `StackError` after a while."""
+    seconds = _PODS_SECONDS + _POD_SECONDS * count
+    deadline = time.monotonic() + seconds
+    while _count_pods(settings, *statuses) < count:
+        if time.monotonic() > deadline:
+            raise StackError(f"There were not {count} {' or '.join(statuses)} pods within {seconds:g} s.")
+        time.sleep(0.5)
+
+
+def _count_pods(settings: Settings, *statuses: str) -> int:
+    with closing(local_ledger(settings.database_url, settings.organization_id)) as ledger:
+        return len(ledger.call("list_workers", with_status=list(statuses), max_rows=1000))
 
 
 @contextmanager

@@ -10,9 +10,9 @@ from pathlib import Path
 
 
 @contextmanager
-def temporary_folder() -> Iterator[Path]:
-    """A folder that is gone afterwards; PostgreSQL's own account may enter it."""
-    folder = Path(tempfile.mkdtemp(prefix="ow-benchmark-"))
+def temporary_folder(parent: Path | None = None) -> Iterator[Path]:
+    """A folder that is gone afterwards, in $TMPDIR unless told; PostgreSQL's own account may enter it."""
+    folder = Path(tempfile.mkdtemp(prefix="ow-benchmark-", dir=parent))
     folder.chmod(0o755)
     try:
         yield folder

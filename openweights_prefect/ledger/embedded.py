@@ -179,7 +179,7 @@ def _launch(data: Path, layout: Layout, binaries: PostgresBinaries, deadline: fl
         "hba_file": str(layout.access_rules),
         "ident_file": str(layout.account_map),
         "shared_buffers": "64MB",
-        "max_connections": "100",
+        "max_connections": "400",  # a pod of the stack holds two, and up to five at its busiest
         "timezone": "UTC",
         "log_timezone": "UTC",
         "log_checkpoints": "off",

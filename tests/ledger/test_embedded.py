@@ -127,7 +127,7 @@ def test_server_is_private_and_utf8(server: EmbeddedPostgres) -> None:
     """The server listens on a socket only, in folders that other accounts cannot enter."""
     assert ask(server, "show listen_addresses") == ""
     assert ask(server, "show server_encoding") == "UTF8"
-    assert ask(server, "show max_connections") == "100"
+    assert ask(server, "show max_connections") == "400"
     layout = embedded_layout.locate(server.folder)
     for folder in (layout.socket_folder, *layout.data_folders().values()):
         assert folder.stat().st_mode & 0o777 == 0o700
