@@ -45,7 +45,7 @@ _OFFERS_SECONDS = 60.0
 _MOST_TRIES = 6
 _AT_ONCE = 4
 _FIRST_COOLDOWNS = (15.0, 15.0, 15.0)
-_COOLDOWN_MINUTES = (1, 2, 5, 10, 20, 40, 80, 160, 360)
+_COOLDOWN_MINUTES = (1, 2, 5, 10, 20)
 _REJECTED_SECONDS = 3600.0
 _PAUSES: dict[type[ProviderError], float] = {
     InsufficientFunds: 300.0,
@@ -156,7 +156,8 @@ class Purchases:
             try:
                 return await self._buy_offer(run, offer)
             except NoCapacity as exc:
-                await self.refuse(offer.key, str(exc), self._cooldown(offer.key))
+                if self._refusal(offer.key) is None:  # Those who asked at the same time count once.
+                    await self.refuse(offer.key, str(exc), self._cooldown(offer.key))
             except RequestRejected as exc:
                 rejections.append(str(exc))
                 await self.refuse(offer.key, str(exc), _REJECTED_SECONDS)
