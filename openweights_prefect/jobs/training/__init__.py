@@ -1,0 +1,1 @@
+"""Training in the job environment: rows to tokens, models, trainers, checkpoints and results."""
