@@ -1,0 +1,1 @@
+"""Log-probabilities of a dataset under a model."""
