@@ -15,6 +15,7 @@ from prefect.client.schemas.objects import FlowRun
 
 from openweights_prefect.errors import OpenWeightsError
 from openweights_prefect.files.store import FileStoreError
+from openweights_prefect.jobs.request import JOB_TYPES
 from openweights_prefect.ledger.keyring import Keyring
 from openweights_prefect.ledger.protocol import Ledger, Row
 from openweights_prefect.orchestration.flow_runs import FlowRunGone, FlowRuns
@@ -26,6 +27,7 @@ from openweights_prefect.pod.gpu_check import names_gpu_error
 from openweights_prefect.pod.library import Library
 from openweights_prefect.pod.nursery import Child, Nursery
 from openweights_prefect.pod.outage import call_until_answered, upload_until_stored
+from openweights_prefect.pod.preloading import Preloading
 from openweights_prefect.pod.processes import RunProcesses
 from openweights_prefect.pod.redaction import Redaction
 from openweights_prefect.pod.secrets import job_secrets
@@ -57,6 +59,7 @@ class Execution:
         cancel_grace_seconds: float = 3.0,
         spared: Collection[int] = (),
         pod_calls: Mapping[str, Answer] | None = None,
+        preloading: Preloading | None = None,
     ) -> None:
         self.run_id = run_id
         self._worker_id = worker_id
@@ -67,13 +70,14 @@ class Execution:
         self._nursery = nursery
         self._keyring = keyring
         self._folder = RunFolder(root / str(run_id))
-        self._sockets = Path(tempfile.mkdtemp(prefix="ow-", dir=short_temporary_folder()))
+        self._sockets = Path(tempfile.mkdtemp(prefix="ow-", dir=folders.short_temporary_folder()))
         self._job: Row = {}
         self._secrets: dict[str, str] = {}
         self._redaction = Redaction([])
         self._child: Child | None = None
         self._cancel_grace_seconds = cancel_grace_seconds
         self._pod_calls = pod_calls or {}
+        self._preloading = preloading
         self._processes = RunProcesses(run_id, spared=spared)
         self._ending = Ending(self._processes, abandon=self._abandon)
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -97,6 +101,8 @@ class Execution:
                 return
             self._job = opened["job"]
             await self._run_opened(flow_run, gpu_count=opened["gpu_count"])
+            if self._preloading is not None and self._job["type"] in JOB_TYPES:
+                self._preloading.want()
         except StaleRun as exc:
             logger.warning("%s", exc)
         finally:
@@ -225,6 +231,7 @@ class Execution:
                 JOB_VARIABLE: str(self._job["id"]),
                 SOCKET_VARIABLE: str(self._sockets / "flow.sock"),
                 "N_GPUS": str(gpu_count),
+                **self._preloaded(),
             },
             output=self._folder.log,
         )
@@ -237,6 +244,12 @@ class Execution:
             code = await exited
         if not self._finished:
             await self._finish_for_child(code)
+
+    def _preloaded(self) -> dict[str, str]:
+        """How the flow of a job of ours reaches the preloaded process; others are not told."""
+        if self._preloading is None or self._job["type"] not in JOB_TYPES:
+            return {}
+        return self._preloading.variables()
 
     async def _finish_for_child(self, code: int) -> None:
         """The flow process ended without having finished the run."""
@@ -303,10 +316,4 @@ def _flow_of(job: Row) -> str | None:
     """The preloaded flow of the job's type; None for a flow of the user's own."""
     if job.get("entrypoint") is None:
         return None
-    return "fine_tuning" if job["type"] == "fine_tuning" else "custom_job"
-
-
-def short_temporary_folder() -> str:
-    """A temporary folder whose socket paths stay below the 107 bytes that Unix allows."""
-    folder = tempfile.gettempdir()
-    return folder if len(folder) < 60 else "/tmp"
+    return str(job["type"]) if job["type"] in JOB_TYPES else "custom_job"

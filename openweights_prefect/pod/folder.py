@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,12 @@ def left_files(folder: RunFolder) -> list[tuple[str, Path]]:
 def remove(folder: RunFolder) -> None:
     """Delete a run's folder; silent when it is not there."""
     shutil.rmtree(folder.path, ignore_errors=True)
+
+
+def short_temporary_folder() -> str:
+    """A temporary folder whose socket paths stay below the 107 bytes that Unix allows."""
+    folder = tempfile.gettempdir()
+    return folder if len(folder) < 60 else "/tmp"
 
 
 def _validated(job: Mapping[str, Any]) -> dict[str, Any]:

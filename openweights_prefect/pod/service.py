@@ -26,11 +26,13 @@ from openweights_prefect.pod.agent import Agent
 from openweights_prefect.pod.cleaning import remove_old_runs
 from openweights_prefect.pod.collaborators import Executing
 from openweights_prefect.pod.deadline import Deadline
-from openweights_prefect.pod.execution import Execution, short_temporary_folder
+from openweights_prefect.pod.execution import Execution
+from openweights_prefect.pod.folder import short_temporary_folder
 from openweights_prefect.pod.gpu_check import GpuNeeds
 from openweights_prefect.pod.library import Library
 from openweights_prefect.pod.machine import LocalMachine
 from openweights_prefect.pod.nursery import Nursery
+from openweights_prefect.pod.preloading import Preloading
 from openweights_prefect.pod.processes import adopt_orphans
 from openweights_prefect.pod.server import Answer, serve
 from openweights_prefect.pod.session import PodIdentity, proxy_token
@@ -102,7 +104,10 @@ class _Pod:
         library = Library(ledger=ledger, store=store, organization_id=ledger.organization_id)
         runs = self._folder / "runs"
         await asyncio.to_thread(remove_old_runs, runs)
-        async with FlowRuns.connect(settings) as flow_runs:
+        async with (
+            FlowRuns.connect(settings) as flow_runs,
+            Preloading(self._folder / "preloaded", job_python=settings.job_python) as preloading,
+        ):
             # The pod's calls are the agent's, which is made last.
             calls: dict[str, Answer] = {}
 
@@ -120,6 +125,7 @@ class _Pod:
                     cancel_grace_seconds=settings.cancel_grace_seconds,
                     spared=self._spared,
                     pod_calls=calls,
+                    preloading=preloading,
                 )
 
             agent = Agent(

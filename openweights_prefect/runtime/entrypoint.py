@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from openweights_prefect.runtime import child, wire
+from openweights_prefect.runtime import child, forking, wire
 
 FOLDER_VARIABLE = "OW_RUN_FOLDER"
 
@@ -27,6 +27,7 @@ _INHERITED = (
     "SSL_CERT_FILE",
     "SSL_CERT_DIR",
     "REQUESTS_CA_BUNDLE",
+    "OW_CHECKPOINT_GRACE_SECONDS",
 )
 _INHERITED_PREFIXES = ("CUDA", "NVIDIA_", "NCCL_", "HF_", "TORCH_", "RUNPOD_")
 _SECRET = ("RUNPOD_API_KEY", "HF_TOKEN")  # a job has the secrets that it names, and no other
@@ -76,10 +77,8 @@ class RunFolder:
         return dict(json.loads((self.path / "job.json").read_text(encoding="utf-8")))
 
 
-def job_environment(
-    folder: RunFolder, job: Mapping[str, Any], *, job_python: str, secrets: Mapping[str, str]
-) -> dict[str, str]:
-    """The environment of an entrypoint: what the job named, what a GPU needs, and the way to its agent."""
+def base_environment(job_python: str) -> dict[str, str]:
+    """What is the same for every job of a pod: what a GPU needs, and nothing secret."""
     inherited = {
         name: value
         for name, value in os.environ.items()
@@ -90,9 +89,20 @@ def job_environment(
         **inherited,
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",
+        "PATH": f"{Path(job_python).parent}{os.pathsep}{path}" if job_python else path,
+    }
+
+
+def job_environment(
+    folder: RunFolder, job: Mapping[str, Any], *, job_python: str, secrets: Mapping[str, str]
+) -> dict[str, str]:
+    """The environment of an entrypoint: the pod's, what the job named, and the way to its agent."""
+    base = base_environment(job_python)
+    return {
+        **base,
         **{str(name): str(value) for name, value in (job.get("env") or {}).items()},
         **secrets,
-        "PATH": f"{Path(job_python).parent}{os.pathsep}{path}" if job_python else path,
+        "PATH": base["PATH"],
         "PYTHONPATH": str(folder.library),
         # By way of the sockets' folder: a path in there is short enough for the sockets of the job's own.
         "TMPDIR": str(Path(str(job["job_socket"])).with_name("tmp")),
@@ -111,19 +121,8 @@ async def run_entrypoint(folder: RunFolder, job: Mapping[str, Any], *, job_pytho
     the agent at the last moment, and are in the environment of the command alone.
     """
     secrets = wire.request("secrets")["values"] if job.get("secrets") else {}
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-I",
-        "-S",
-        child.__file__,
-        "bash",
-        "-c",
-        str(job["entrypoint"]),
-        cwd=folder.work,
-        env=job_environment(folder, job, job_python=job_python, secrets=secrets),
-        stdin=asyncio.subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    environment = job_environment(folder, job, job_python=job_python, secrets=secrets)
+    process = await _start(str(job["entrypoint"]), folder.work, environment)
     wire.request("started", pid=process.pid)
     try:
         code = await process.wait()
@@ -131,6 +130,28 @@ async def run_entrypoint(folder: RunFolder, job: Mapping[str, Any], *, job_pytho
         return code
     finally:
         _kill_group(process.pid)
+
+
+async def _start(
+    command: str, folder: Path, environment: Mapping[str, str]
+) -> asyncio.subprocess.Process | forking.Forked:
+    """As the leader of a session of its own; a program of ours without its imports, where that can be."""
+    # It blocks for milliseconds, and nothing else happens here: a cancel shall not come between.
+    if forked := forking.fork(command, folder=folder, environment=environment):
+        return forked
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-I",
+        "-S",
+        child.__file__,
+        "bash",
+        "-c",
+        command,
+        cwd=folder,
+        env=environment,
+        stdin=asyncio.subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 def _kill_group(group: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -42,19 +43,33 @@ class CurrentRun:
         self.job_id = os.environ[wire.JOB_VARIABLE]
         self._spool = os.environ[wire.SPOOL_VARIABLE]
 
-    def log(self, data: Mapping[str, Any], file: BinaryIO | str | os.PathLike[str] | None = None) -> None:
-        """Log one event and return at once; with `file`, upload that first and tie it to the event."""
-        file_id = None
-        if file is not None:
-            file_id = _upload(file, purpose="event", name=None)["id"]
-        spool.append(self._spool, data, file=file_id)
+    def log(
+        self,
+        data: Mapping[str, Any],
+        file: BinaryIO | str | os.PathLike[str] | None = None,
+        *,
+        purpose: str = "event",
+    ) -> None:
+        """Log one event and return at once; with `file`, upload that first and tie it to the event.
+
+        The event's `file` is then the id of that file, which begins with `purpose`.
+        """
+        if file is None:
+            spool.append(self._spool, data)
+            return
+        file_id = str(_upload(file, purpose=purpose, name=None)["id"])
+        spool.append(self._spool, {"file": file_id, **data}, file=file_id)
 
     def upload(self, path: str | os.PathLike[str], name: str | None = None) -> str:
         """Upload a file of the run now; logs `{path, file}` and returns the file id."""
         target = name or Path(path).name
         file_id = str(_upload(path, purpose="result", name=target)["id"])
-        spool.append(self._spool, {"path": target, "file": file_id}, file=file_id)
+        self.list_file(target, file_id)
         return file_id
+
+    def list_file(self, name: str, file_id: str) -> None:
+        """Log `{path, file}` for a file that is stored already, such as one of several that go together."""
+        spool.append(self._spool, {"path": name, "file": file_id}, file=file_id)
 
     def flush(self) -> None:
         """Return when everything that was logged is stored in the ledger."""
@@ -65,9 +80,11 @@ class CurrentRun:
 class RunFiles:
     """Files, through the agent."""
 
-    def upload(self, path: str | os.PathLike[str], purpose: str = "result") -> dict[str, Any]:
+    def upload(
+        self, path: str | os.PathLike[str], purpose: str = "result", *, name: str | None = None
+    ) -> dict[str, Any]:
         """Upload a file; answers as outside a job."""
-        return _upload(path, purpose=purpose, name=None)
+        return _upload(path, purpose=purpose, name=name)
 
     def create(self, file: BinaryIO, purpose: str = "result") -> dict[str, Any]:
         """Upload an open binary file."""
@@ -76,6 +93,16 @@ class RunFiles:
     def content(self, file_id: str) -> bytes:
         """The bytes of a file that the job may read."""
         return Path(wire.request("fetch", id=file_id)["path"]).read_bytes()
+
+    def download(self, file_id: str, target: str | os.PathLike[str]) -> Path:
+        """Write a file that the job may read to `target`, whatever its size, and return that path.
+
+        The agent has compared the content with the file's id.
+        """
+        fetched, path = Path(wire.request("fetch", id=file_id)["path"]), Path(target)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(fetched, path)
+        return path
 
     def get_by_id(self, file_id: str) -> dict[str, Any]:
         """What the ledger knows of a file that the job may read."""
