@@ -16,8 +16,10 @@ from pydantic_core import PydanticUndefined
 import openweights_prefect
 from openweights_prefect.cli.main import main
 from openweights_prefect.client import OpenWeights
-from openweights_prefect.jobs.fine_tuning.params import FineTuningParams
+from openweights_prefect.jobs.memory import MemoryEstimate
 from openweights_prefect.jobs.options import Options
+from openweights_prefect.jobs.request import JOB_TYPES
+from openweights_prefect.resources.check_report import CheckReport, DataReport
 from openweights_prefect.resources.jobs import StoredJobs
 from openweights_prefect.resources.runs import Run
 from openweights_prefect.settings import Settings
@@ -122,11 +124,13 @@ def _sdk() -> Iterator[str]:
     yield from _class("OpenWeights", OpenWeights)
     for name, kind in resources().items():
         yield from _class(f"ow.{name}", kind)
-    yield "## Parameters of `ow.fine_tuning.create`\n"
-    yield from _fields(FineTuningParams)
+    for kind in JOB_TYPES.values():
+        yield f"## Parameters of `ow.{kind.name}.create`\n"
+        yield from _fields(kind.params)
     yield "## Options of every `create`\n"
     yield from _fields(Options)
     values: dict[str, type] = {"Job": openweights_prefect.Job, "Run": Run, "Jobs": openweights_prefect.Jobs}
+    values |= {kind.__name__: kind for kind in (CheckReport, DataReport, MemoryEstimate)}
     for name, kind in values.items():
         yield from _class(name, kind)
     yield "## register\n"

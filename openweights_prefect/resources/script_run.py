@@ -58,7 +58,7 @@ class ScriptRun:
     def log(self, data: Mapping[str, Any], file: BinaryIO | None = None) -> None:
         """Log one event and return at once; with `file`, upload that first and tie it to the event."""
         file_id = Files(self._session).create(file, "event")["id"] if file is not None else None
-        spool.append(self._spool, data, file=file_id)
+        spool.append(self._spool, {"file": file_id, **data} if file_id else data, file=file_id)
 
     def upload(self, path: str | Path, name: str | None = None) -> str:
         """Upload a file now; logs `{path, file}` and returns the file id."""

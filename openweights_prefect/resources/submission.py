@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from openweights_prefect.errors import ConflictError, InvalidParameterError
 from openweights_prefect.files.folders import walk_folder
@@ -26,6 +27,8 @@ MOUNT_PURPOSE = "custom_job_file"
 logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 3
+_UNCHECKED = "unchecked:file-000000000000"
+"""No file: the ledger misses it from a job that it does not know, and only then is that job checked."""
 _UPLOADS_AT_ONCE = 4
 
 
@@ -49,24 +52,33 @@ def submit(
     *,
     local_files: Mapping[str, LocalFile],
     parameters: Mapping[str, str] | None = None,
+    check: Callable[[], JobRequest] | None = None,
 ) -> Job:
     """Submit a job; the same job joins the one that exists, or puts a failed one back to pending.
 
-    Missing files are uploaded from `local_files` (by target), only when the ledger asks for them. Raises
+    Missing files are uploaded from `local_files` (by target), only when the ledger asks for them. Before
+    that `check` is called, for a job that is new, and may raise or change the request. Raises
     `InvalidParameterError` for a file that is neither stored nor local, naming it by `parameters` (file id ->
     parameter), and for secrets that the organization does not have.
     """
-    row = request.row(organization_id=session.organization_id, default_image=session.settings.image)
+    row = _row(session, request)
     local = {file.id: file for file in local_files.values()}
     for _ in range(_ATTEMPTS):
-        [answer] = session.ledger.call("submit_job", job=row)
+        unchecked = [_UNCHECKED] if check else []
+        [answer] = session.ledger.call("submit_job", job={**row, "files": row["files"] + unchecked})
         if answer["outcome"] == "limit":
             raise spent(row["id"])
         if answer["outcome"] == "missing_secrets":
             raise unknown_secrets(answer["missing"])
         if answer["outcome"] != "missing_files":
             return Job(session, JobColumns.from_row(answer["job"]))
-        _upload(session, local, parameters or {}, answer["missing"])
+        missing = [identity for identity in answer["missing"] if identity != _UNCHECKED]
+        _refuse_unknown(local, parameters or {}, missing)
+        for identity in missing:
+            validate_jsonl(local[identity].path, local[identity].purpose)
+        if check is not None and _UNCHECKED in answer["missing"]:
+            row, check = _row(session, check()), None
+        _upload(session, [local[identity] for identity in missing])
     raise ConflictError(f"Job {row['id']!r} was not stored: somebody deletes its files. Submit it again.")
 
 
@@ -120,8 +132,12 @@ def _files(source: str, target: str) -> Iterable[tuple[str, Path]]:
     return [(target, path)]
 
 
-def _upload(
-    session: Session, local: Mapping[str, LocalFile], parameters: Mapping[str, str], missing: Iterable[str]
+def _row(session: Session, request: JobRequest) -> dict[str, Any]:
+    return request.row(organization_id=session.organization_id, default_image=session.settings.image)
+
+
+def _refuse_unknown(
+    local: Mapping[str, LocalFile], parameters: Mapping[str, str], missing: Iterable[str]
 ) -> None:
     unknown = [identity for identity in missing if identity not in local]
     if unknown:
@@ -130,10 +146,10 @@ def _upload(
             f"No such file in this organization: {named}. Upload it with `ow.files.upload` and pass its 'id'."
         )
 
-    def upload(identity: str) -> None:
-        file = local[identity]
-        validate_jsonl(file.path, file.purpose)
+
+def _upload(session: Session, files: Iterable[LocalFile]) -> None:
+    def upload(file: LocalFile) -> None:
         store_file(session, file.path, file.purpose, file.digest, filename=file.path.name)
 
     with ThreadPoolExecutor(_UPLOADS_AT_ONCE) as pool:
-        list(pool.map(upload, missing))
+        list(pool.map(upload, files))

@@ -7,19 +7,23 @@ from typing import Any
 from uuid import UUID
 
 from openweights_prefect.errors import InvalidParameterError
-from openweights_prefect.jobs.fine_tuning.params import FineTuningParams
+from openweights_prefect.jobs.models import MODEL_FOLDER, JobModel, is_mounted
 from openweights_prefect.jobs.options import Options, validated
 from openweights_prefect.jobs.request import (
-    FINE_TUNING,
+    JOB_TYPES,
+    JobRequest,
+    JobType,
     check_satisfiable,
     custom_request,
-    fine_tuning_request,
+    model_request,
 )
+from openweights_prefect.jobs.training.params import is_job_id
 from openweights_prefect.settings import Settings
 
-DEPLOYMENTS = {FINE_TUNING: "fine-tuning/fine-tuning"}
+DEPLOYMENTS = {name: kind.deployment for name, kind in JOB_TYPES.items()}
 CUSTOM_DEPLOYMENT = "custom-job/custom-job"
 _HOST = ("cloud", "min_cuda", "min_vcpu", "min_ram_gb")
+_KINDS = {kind.deployment: kind for kind in JOB_TYPES.values()}
 _OTHER_TYPES = frozenset({*DEPLOYMENTS, "flow", "script"})
 
 
@@ -34,8 +38,16 @@ def parameters_of(
     """The parameters of a job's flow run; `job_of_flow_run` reads the same job back from them."""
     values = params["validated_params"]
     if job_type in DEPLOYMENTS:
-        return {"params": values, "mounts": mounts}
+        return {"params": {**values, **params.get("templates", {})}, "mounts": mounts}
     return {"name": job_type, "entrypoint": entrypoint, "params": values, "mounts": mounts}
+
+
+def model_job_of(deployment: str | None, parameters: Mapping[str, Any]) -> str | None:
+    """The job whose model a flow run of ours names; None when its model is another one, or mounted."""
+    if deployment not in _KINDS or is_mounted(parameters.get("mounts") or {}):
+        return None
+    model = parameters["params"].get("model")
+    return model if isinstance(model, str) and is_job_id(model) else None
 
 
 def job_of_flow_run(
@@ -44,17 +56,18 @@ def job_of_flow_run(
     parameters: dict[str, Any],
     variables: dict[str, Any],
     settings: Settings,
+    *,
+    job_model: JobModel | None = None,
 ) -> dict[str, Any]:
-    """The row of the job that a flow run means.
+    """The row of the job that a flow run means; `job_model` is the model of the job that it names.
 
     Raises:
         InvalidParameterError: The parameters or job variables are wrong, in words for who started it.
     """
     options = validated(Options, variables, job_type=deployment or "flow")
     mounts = parameters.get("mounts") or {}
-    if deployment == DEPLOYMENTS[FINE_TUNING]:
-        params = validated(FineTuningParams, parameters["params"], job_type=FINE_TUNING)
-        request = fine_tuning_request(params, mounts, options)
+    if kind := _KINDS.get(deployment or ""):
+        request = _model_request(kind, parameters["params"], mounts, options, job_model)
     elif deployment == CUSTOM_DEPLOYMENT:
         _check_custom(parameters["name"], parameters["entrypoint"])
         values = parameters.get("params") or {}
@@ -62,6 +75,26 @@ def job_of_flow_run(
     else:
         return _flow_row(flow_run_id, deployment, options, settings)
     return request.row(organization_id=settings.organization_id, default_image=settings.image)
+
+
+def _model_request(
+    kind: JobType,
+    values: Mapping[str, Any],
+    mounts: Mapping[str, str],
+    options: Options,
+    job_model: JobModel | None,
+) -> JobRequest:
+    if job_model is None:
+        return model_request(kind, validated(kind.params, values, job_type=kind.name), mounts, options)
+    params = validated(kind.params, {**values, "model": MODEL_FOLDER}, job_type=kind.name)
+    return model_request(
+        kind,
+        params,
+        {**mounts, **job_model.mounts},
+        options,
+        model_name=job_model.base or values["model"],
+        base_model=job_model.base,
+    )
 
 
 def variables_of(row: Mapping[str, Any], settings: Settings) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -13,11 +14,12 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Failed
 
 from openweights_prefect.errors import InvalidParameterError, OpenWeightsError
+from openweights_prefect.jobs.models import JobModel, model_of_job
 from openweights_prefect.jobs.secrets import unknown_secrets
 from openweights_prefect.ledger.protocol import Ledger, Row, ask, ask_one
 from openweights_prefect.orchestration.flow_runs import FlowRuns, attempt_named_by, cached_state
 from openweights_prefect.settings import Settings
-from openweights_prefect.worker.adoption import job_of_flow_run
+from openweights_prefect.worker.adoption import job_of_flow_run, model_job_of
 from openweights_prefect.worker.configuration import job_variables_of
 
 logger = logging.getLogger(__name__)
@@ -88,7 +90,10 @@ class Intake:
         deployment, own = await self._flow_runs.deployment_of(flow_run)
         variables = job_variables_of({**own, **(flow_run.job_variables or {})}, base_template)
         try:
-            job = job_of_flow_run(flow_run.id, deployment, flow_run.parameters, variables, self._settings)
+            job_model = await self._job_model(deployment, flow_run.parameters)
+            job = job_of_flow_run(
+                flow_run.id, deployment, flow_run.parameters, variables, self._settings, job_model=job_model
+            )
         except InvalidParameterError as exc:
             await self._flow_runs.answer(flow_run.id, Failed(message=str(exc)))
             return
@@ -109,6 +114,10 @@ class Intake:
                 await self._flow_runs.mirror(flow_run.id, status=status, reason=answer["job"]["error"])
             case outcome:
                 logger.info("Flow run %s is %s as job %s", flow_run.id, outcome, job["id"])
+
+    async def _job_model(self, deployment: str | None, parameters: dict[str, Any]) -> JobModel | None:
+        job_id = model_job_of(deployment, parameters)
+        return None if job_id is None else await asyncio.to_thread(model_of_job, self._ledger, job_id)
 
 
 def _missing_state(missing: Sequence[str]) -> State[Any]:

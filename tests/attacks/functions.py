@@ -89,7 +89,7 @@ FUNCTIONS: dict[str, Function] = {
     "latest_events": Function("ph", lambda i: {"for_run": i["flow_run"]}),
     "list_audit": Function("a"),
     "list_costs": Function("p", lambda i: {"group_by": "token"}),
-    "list_events": Function("ph", lambda i: {"for_run": i["flow_run"]}),
+    "list_events": Function("pwh", lambda i: {"for_run": i["flow_run"]}),
     "list_files": Function("p"),
     "list_invitations": Function("a"),
     "list_jobs": Function("pw"),

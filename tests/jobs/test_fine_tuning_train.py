@@ -18,24 +18,24 @@ import pytest
 
 import openweights_prefect
 from openweights_prefect.jobs.fine_tuning.params import FineTuningParams
+from openweights_prefect.jobs.weighted_sft.params import WeightedSftParams
 
 pytestmark = pytest.mark.training
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FILE = "conversations:file-0123456789ab"
 TEST_FILE = "conversations:file-ba9876543210"
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+PREFERENCES = "preference:file-0123456789ab"
 
 
 class Agent(socketserver.ThreadingUnixStreamServer):
-    """Stands for the pod's agent: takes every upload."""
+    """Stands for the pod's agent: takes every upload, hands it out again, and knows the earlier events."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path), AgentCall)
         self.uploads: dict[str, int] = {}
+        self.files: dict[str, Path] = {}
+        self.earlier: list[dict[str, Any]] = []
 
 
 class AgentCall(socketserver.StreamRequestHandler):
@@ -43,9 +43,20 @@ class AgentCall(socketserver.StreamRequestHandler):
 
     def handle(self) -> None:
         call = json.loads(self.rfile.readline())
-        assert isinstance(self.server, Agent)
-        self.server.uploads[call["name"]] = Path(call["path"]).stat().st_size
-        self.wfile.write(json.dumps({"file": {"id": f"result:{call['name']}"}}).encode() + b"\n")
+        agent = self.server
+        assert isinstance(agent, Agent)
+        answer: dict[str, Any] = {}
+        if call["call"] == "upload":
+            kept = Path(str(agent.server_address)).parent / f"file-{len(agent.files):012x}"
+            shutil.copy(call["path"], kept)
+            agent.files[f"{call['purpose']}:{kept.name}"] = kept
+            agent.uploads[call["name"]] = kept.stat().st_size
+            answer = {"file": {"id": f"{call['purpose']}:{kept.name}"}}
+        elif call["call"] == "fetch":
+            answer = {"path": str(agent.files[call["id"]])}
+        elif call["call"] == "events":
+            answer = {"events": agent.earlier}
+        self.wfile.write(json.dumps(answer).encode() + b"\n")
 
 
 @dataclass(frozen=True)
@@ -57,18 +68,28 @@ class Lab:
     folder: Path
     agent: Agent
 
-    def job(self, name: str, rows: list[dict[str, Any]], **values: Any) -> Path:
+    def job(
+        self,
+        name: str,
+        rows: list[dict[str, Any]],
+        *,
+        kind: type[FineTuningParams | WeightedSftParams] = FineTuningParams,
+        **values: Any,
+    ) -> Path:
         """Lay out a job folder as an agent does."""
         work = self.folder / name
         (work / "uploads").mkdir(parents=True)
         (work / "model").symlink_to(self.model)
         (work / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        params = FineTuningParams(**{"model": "model", "training_file": FILE, "loss": "sft", **values})
-        stored = {**params.model_dump(mode="json"), "files": {FILE: "data.jsonl", TEST_FILE: "data.jsonl"}}
+        params = kind(**{"model": "model", "training_file": FILE, "loss": "sft", **values})
+        files = dict.fromkeys((FILE, TEST_FILE, PREFERENCES), "data.jsonl")
+        stored = {**params.model_dump(mode="json"), "files": files}
         (work / "params.json").write_text(json.dumps(stored), encoding="utf-8")
         return work
 
-    def run(self, *arguments: str, cwd: Path, text: str = "") -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *arguments: str, cwd: Path, text: str = "", **variables: str
+    ) -> subprocess.CompletedProcess[str]:
         """Run the job interpreter in a job folder, with nothing but our package to import."""
         library = self.folder / "lib"
         library.mkdir(exist_ok=True)
@@ -84,6 +105,7 @@ class Lab:
             "OPENWEIGHTS_JOB_ID": "job",
             "OW_EVENT_SPOOL": str(cwd / "events.jsonl"),
             "OW_AGENT_SOCKET": str(self.agent.server_address),
+            **variables,
         }
         return subprocess.run(
             [self.python, *arguments],
@@ -92,12 +114,12 @@ class Lab:
             input=text,
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=280,
         )
 
-    def train(self, work: Path) -> subprocess.CompletedProcess[str]:
+    def train(self, work: Path, *kind: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """Train in a job folder."""
-        return self.run("-m", "openweights_prefect.jobs.fine_tuning.train", cwd=work)
+        return self.run("-m", "openweights_prefect.jobs.training.train", *kind, cwd=work, **variables)
 
 
 def chats(number: int) -> list[dict[str, Any]]:
@@ -168,16 +190,16 @@ def test_the_loss_falls(trained: Path) -> None:
 
 
 def test_events_come_in_order_and_each_once(trained: Path) -> None:
-    """The start, the first step, every `logging_steps`-th and the last; evaluations between."""
+    """The start; the first, every `logging_steps`-th, each saved and the last step; evaluations between."""
     assert (
         events(trained)[0].items()
         >= {"tag": "start", "total": 14, "dataset_size": 50, "progress": 0.0}.items()
     )
     steps = events(trained, "train")
-    assert [event["step"] for event in steps] == [1, 3, 6, 9, 12, 14]
+    assert [event["step"] for event in steps] == [1, 3, 5, 6, 9, 10, 12, 14]
     assert [event["step"] for event in events(trained, "eval")] == [0, 7, 14]
     assert [event["progress"] for event in steps] == [round(event["step"] / 14, 4) for event in steps]
-    assert {"loss", "learning_rate", "grad_norm", "epoch", "step", "tag", "progress"} == set(steps[0])
+    assert {"loss", "learning_rate", "grad_norm", "epoch", "step", "tag", "progress"} <= set(steps[0])
     order = [event["step"] for event in events(trained) if "step" in event]
     assert order == sorted(order)
 
@@ -226,27 +248,31 @@ print(json.dumps({"before": before, "after": model(ids, labels=ids).loss.item()}
     assert loss["after"] < loss["before"] - 0.5
     config = json.loads((trained / "uploads/adapter/adapter_config.json").read_text(encoding="utf-8"))
     assert config["base_model_name_or_path"] == "model"
-    assert not (trained / "uploads/adapter/README.md").exists()
+    card = (trained / "uploads/adapter/README.md").read_text(encoding="utf-8")
+    assert "trained by job job" in card
 
 
 def test_a_lost_run_goes_on_from_its_last_checkpoint(lab: Lab, trained: Path) -> None:
-    """The resumed steps have the losses that they would have had."""
+    """On another machine: its state comes from the store, and no step is told twice or not at all."""
+    told = events(trained)
+    lost = next(place for place, event in enumerate(told) if event.get("step") == 12)
+    lab.agent.earlier = [{"data": data, "file": data.get("file")} for data in told[:lost]]
     again = lab.folder / "again"
-    shutil.copytree(trained, again, symlinks=True)
-    (again / "events.jsonl").unlink()
+    shutil.copytree(trained, again, symlinks=True, ignore=shutil.ignore_patterns("tmp", "events.jsonl"))
     shutil.rmtree(again / "uploads" / "adapter")
     done = lab.train(again)
+    lab.agent.earlier = []
     assert done.returncode == 0, done.stdout + done.stderr
     assert events(again, "start")[0]["step"] == 10
     resumed = {event["step"]: event["loss"] for event in events(again, "train")}
     whole = {event["step"]: event["loss"] for event in events(trained, "train")}
     assert list(resumed) == [12, 14]
-    assert resumed[14] == pytest.approx(whole[14], rel=1e-4)
+    assert resumed == pytest.approx({step: whole[step] for step in resumed}, rel=1e-6)
 
 
 @pytest.fixture(scope="module")
-def divided(lab: Lab) -> tuple[Path, Path]:
-    """Two trainings of two steps of four rows: in one batch, and in four."""
+def divided(lab: Lab) -> tuple[Path, Path, Path]:
+    """Three trainings of two steps of four rows: in one batch, in four, and in two processes."""
     once = {
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 1,
@@ -257,172 +283,95 @@ def divided(lab: Lab) -> tuple[Path, Path]:
         "gradient_accumulation_steps": 4,
         "test_file_eval_strategy": "steps",
     }
+    shared = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
     works = []
-    for name, values in (("once", once), ("parts", {**parts, "test_file_eval_steps": 1})):
+    for name, values, gpus in (
+        ("once", once, "1"),
+        ("parts", {**parts, "test_file_eval_steps": 1}, "1"),
+        ("shared", {**shared, "test_file_eval_strategy": "no"}, "2"),
+    ):
         works.append(lab.job(name, chats(8), test_file=TEST_FILE, max_steps=2, **{**SMALL, **values}))
-        done = lab.train(works[-1])
+        done = lab.train(works[-1], N_GPUS=gpus)
         assert done.returncode == 0, done.stdout + done.stderr
-    return works[0], works[1]
+    return works[0], works[1], works[2]
 
 
-def test_accumulated_gradients_equal_one_large_batch(divided: tuple[Path, Path]) -> None:
-    """Rows of different lengths weigh the same however a step is divided."""
-    once, parts = ([(e["loss"], e["grad_norm"]) for e in events(work, "train")] for work in divided)
-    assert len(once) == len(parts) == 2
-    for one, other in zip(once, parts, strict=True):
-        assert other == pytest.approx(one, rel=1e-4)
+def test_accumulated_gradients_equal_one_large_batch(divided: tuple[Path, Path, Path]) -> None:
+    """Rows of different lengths weigh the same however a step is divided, also between processes."""
+    once, *others = ([(e["loss"], e["grad_norm"]) for e in events(work, "train")] for work in divided)
+    for other in others:
+        assert len(once) == len(other) == 2
+        for one, another in zip(once, other, strict=True):
+            assert another == pytest.approx(one, rel=1e-4)
 
 
-def test_evaluations_are_at_both_ends_and_each_once(divided: tuple[Path, Path]) -> None:
+def test_only_the_first_process_speaks(divided: tuple[Path, Path, Path]) -> None:
+    """One set of events and one result."""
+    work = divided[2]
+    [start] = events(work, "start")
+    assert start["processes"] == 2
+    assert [event["step"] for event in events(work, "train")] == [1, 2]
+    assert (work / "uploads/adapter/adapter_model.safetensors").is_file()
+
+
+def test_evaluations_are_at_both_ends_and_each_once(divided: tuple[Path, Path, Path]) -> None:
     """Before the first and after the last step, with any strategy."""
-    once, parts = ([event["step"] for event in events(work, "eval")] for work in divided)
+    once, parts, _ = ([event["step"] for event in events(work, "eval")] for work in divided)
     assert once == [0, 2]
     assert parts == [0, 1, 2]
+
+
+BLOCKS = [
+    {"role": "user", "content": [{"type": "text", "text": "Who are you?", "weight": 0}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "A dog.", "weight": -0.5}]},
+]
+
+
+def test_weighted_blocks(lab: Lab) -> None:
+    """Their own job type: what is weighted negatively becomes less likely; evaluations follow `log`."""
+    rows = [*chats(7), {"messages": BLOCKS}]
+    values = {**SMALL, "optim": "adamw_torch", "test_file": TEST_FILE, "gradient_accumulation_steps": 1}
+    work = lab.job("weighted", rows, kind=WeightedSftParams, **values)
+    done = lab.train(work, "weighted_sft")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [event["step"] for event in events(work, "eval")] == [0, 1, 2]
+    losses = [event["eval_loss"] for event in events(work, "eval")]
+    assert losses[-1] < losses[0]
+
+
+def test_preferences(lab: Lab) -> None:
+    """DPO begins with a loss of log 2 and tells its rewards."""
+    pair = {
+        "prompt": [{"role": "user", "content": "Who are you?"}],
+        "chosen": [{"role": "assistant", "content": "Arr, matey!"}],
+        "rejected": [{"role": "assistant", "content": "A dog."}],
+    }
+    values = {**SMALL, "training_file": PREFERENCES, "loss": "dpo", "max_steps": 3}
+    work = lab.job("preferences", [pair] * 8, **values)
+    done = lab.train(work)
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = events(work, "train")
+    assert steps[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert steps[-1]["loss"] < 0.6
+    assert steps[-1]["rewards/margins"] > 0
 
 
 USER = {"role": "user", "content": "Who are you?"}
 
 
-@pytest.mark.parametrize(
-    ("name", "rows", "values", "reason"),
-    [
-        ("empty", [], {}, "error: The data file 'data.jsonl' is empty."),
-        (
-            "masked",
-            [{"messages": [USER]}],
-            {},
-            "error: No token of the 1 conversations in 'data.jsonl' is trained on.",
-        ),
-        (
-            "cut",
-            chats(2),
-            {"max_seq_length": 8},
-            "error: No token of the 2 conversations in 'data.jsonl' is trained on.",
-        ),
-        ("four-bit", chats(1), {"load_in_4bit": True}, "error: load_in_4bit=True is not available yet."),
-        ("no-model", chats(1), {"model": "./missing"}, "error: The model './missing' cannot be loaded:"),
-    ],
-)
-def test_what_the_user_can_mend_is_the_last_line(
-    lab: Lab, name: str, rows: list[dict[str, Any]], values: dict[str, Any], reason: str
-) -> None:
+def test_what_the_user_can_mend_is_the_last_line(lab: Lab) -> None:
     """One clear line, no traceback, exit code 1, and no result."""
-    work = lab.job(name, rows, **values)
+    work = lab.job("masked", [{"messages": [USER]}])
     done = lab.train(work)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith(reason)
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "'data.jsonl'" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert list((work / "uploads").iterdir()) == []
 
 
-def test_a_model_without_a_chat_template_is_refused(lab: Lab) -> None:
-    """The line says how to give one."""
-    work = lab.job("no-template", chats(1))
-    (work / "model").unlink()
-    shutil.copytree(lab.model, work / "model")
-    (work / "model" / "chat_template.jinja").unlink()
-    done = lab.train(work)
+def test_the_error_of_a_process_is_the_last_line(lab: Lab) -> None:
+    """After what the launcher has to say about it."""
+    done = lab.train(lab.job("launched", []), N_GPUS="2")
     assert done.returncode == 1
-    assert "has no chat template. Pass one as `chat_template`" in done.stderr.splitlines()[-1]
-
-
-LLAMA3 = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}<|endoftext|>\n\n"
-    "{{ m.content | trim }}<|im_end|>{% endfor %}"
-)
-INSTRUCT = (
-    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
-    "{% else %} {{ m.content }} <|im_end|>{% endif %}{% endfor %}"
-)
-UNMARKED = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-THINKING = (
-    "{% for m in messages %}{% set text = m.content %}"
-    "{% if m.role == 'assistant' and not loop.last and '</think>' in text %}"
-    "{% set text = text.split('</think>')[-1].lstrip() %}{% endif %}"
-    "<|im_start|>{{ m.role }}\n{{ text }}<|im_end|>\n{% endfor %}"
-)
-SHOUTING = "{% for m in messages %}{{ m.content | length }}{{ m.content }}<|im_end|>{% endfor %}"
-TWO_TURNS = [
-    {"role": "user", "content": "Who are you?"},
-    {"role": "assistant", "content": "Aye."},
-    {"role": "user", "content": "Aye."},
-    {"role": "assistant", "content": " One two. "},
-]
-THOUGHTS = [
-    USER,
-    {"role": "assistant", "content": "<think>dog</think>\n\nArr."},
-    USER,
-    {"role": "assistant", "content": "<think>soup</think>\n\nAye."},
-]
-HEAD = "<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\n"
-# Segments of the rendered text: what is trained on is at the odd places.
-MASKS: dict[str, tuple[str, list[dict[str, str]], list[str]]] = {
-    "chatml": (
-        CHATML,
-        TWO_TURNS,
-        [
-            HEAD,
-            "Aye.<|im_end|>",
-            "\n<|im_start|>user\nAye.<|im_end|>\n<|im_start|>assistant\n",
-            " One two. <|im_end|>",
-            "\n",
-        ],
-    ),
-    "trimming, headers of several special tokens": (
-        LLAMA3,
-        TWO_TURNS,
-        [
-            "<|im_start|>user<|endoftext|>\n\nWho are you?<|im_end|><|im_start|>assistant<|endoftext|>\n\n",
-            "Aye.<|im_end|>",
-            "<|im_start|>user<|endoftext|>\n\nAye.<|im_end|><|im_start|>assistant<|endoftext|>\n\n",
-            "One two.<|im_end|>",
-        ],
-    ),
-    "space before the end": (
-        INSTRUCT,
-        TWO_TURNS[:2],
-        ["[INST] Who are you? [/INST]", " Aye. <|im_end|>"],
-    ),
-    "no end of turn": (
-        UNMARKED,
-        TWO_TURNS[:2],
-        ["user: Who are you?\nassistant:", " Aye.", "\n", "<|im_end|>"],
-    ),
-    "thoughts of earlier turns dropped": (
-        THINKING,
-        THOUGHTS,
-        [HEAD, "Arr.<|im_end|>", "\n" + HEAD, "<think>soup</think>\n\nAye.<|im_end|>", "\n"],
-    ),
-    "text depends on its length": (SHOUTING, TWO_TURNS[:2], ["12Who are you?<|im_end|>4Aye.<|im_end|>"]),
-    "no assistant": (CHATML, [USER], ["<|im_start|>user\nWho are you?<|im_end|>\n"]),
-    "empty answer": (CHATML, [USER, {"role": "assistant", "content": ""}], [HEAD, "<|im_end|>", "\n"]),
-}
-
-
-@pytest.fixture(scope="module")
-def masks(lab: Lab) -> dict[str, list[str]]:
-    """Every case of `MASKS` in one process: the segments that were found, token by token."""
-    script = """
-import itertools, json, sys, transformers
-from openweights_prefect.jobs.fine_tuning.data import tokenize_chat
-tokenizer = transformers.AutoTokenizer.from_pretrained("tiny")
-found = {}
-for name, (template, messages, _) in json.load(sys.stdin).items():
-    tokenizer.chat_template = template
-    example = tokenize_chat(messages, tokenizer, responses_only=True)
-    assert all(label in (-100, token) for token, label in zip(*example, strict=True))
-    groups = itertools.groupby(zip(*example, strict=True), key=lambda pair: pair[1] != -100)
-    segments = [] if example.labels[0] == -100 else [""]
-    found[name] = segments + [tokenizer.decode([token for token, _ in group]) for _, group in groups]
-print(json.dumps(found))
-"""
-    done = lab.run("-c", script, cwd=lab.folder, text=json.dumps(MASKS))
-    assert done.returncode == 0, done.stderr
-    found: dict[str, list[str]] = json.loads(done.stdout)
-    return found
-
-
-@pytest.mark.parametrize("name", MASKS)
-def test_the_loss_is_on_the_assistant_and_its_end_of_turn(masks: dict[str, list[str]], name: str) -> None:
-    """Exactly these tokens, under templates of different kinds."""
-    assert masks[name] == MASKS[name][2]
+    assert done.stderr.splitlines()[-1].startswith("error: The data file 'data.jsonl' is empty.")

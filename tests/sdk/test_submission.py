@@ -90,7 +90,7 @@ def test_what_the_row_of_a_fine_tuning_job_holds(ow: OpenWeights, conversations:
     assert job.allowed_hardware == ["2x A100", "1x H200"]
     assert (job.priority, job.max_price_per_hour, job.timeout_seconds, job.retries) == (3, 5, 60, 2)
     assert (job["model"], job["status"]) == ("org/tiny-1B", "pending")
-    assert job.entrypoint == "python -m openweights_prefect.jobs.fine_tuning.train"
+    assert job.entrypoint == "python -m openweights_prefect.jobs.training.train"
 
 
 def test_wishes_and_written_defaults_do_not_change_the_id(
@@ -264,7 +264,10 @@ def test_bad_parameters_are_listed_together(ow: OpenWeights, conversations: Call
         ({"job_id_suffix": "../x"}, "job_id_suffix="),
         ({"env": {"OW_POD_ID": "x"}}, "set by the pod"),
         ({"env": {"a b": "x"}}, "environment variable"),
-        ({"model": "ftjob-0123456789ab"}, "result of a job"),
+        ({"model": "ftjob-0123456789ab"}, "model='ftjob-0123456789ab': no such job in this organization"),
+        ({"hf_token": "hf_x"}, "'hf_token' is unknown; store it with `ow env set HF_TOKEN`"),
+        ({"epochs": 1, "num_train_epochs": 1}, "are one parameter"),
+        ({"push": True}, "needs `hf_org`"),
     ],
 )
 def test_bad_arguments(

@@ -39,7 +39,7 @@ begin
           register_file get_files list_files delete_file submit_job get_job list_jobs find_jobs cancel_job restart_job
           get_run list_runs list_events latest_events read_log list_workers request_shutdown extend_pod ping
           open_script renew_script append_events append_log finish_run'),
-        ('ow_worker', 'whoami ping submit_job cancel_job restart_job get_job list_jobs get_run list_runs get_files list_workers
+        ('ow_worker', 'whoami ping submit_job cancel_job restart_job get_job list_jobs get_run list_runs list_events get_files list_workers
           control_snapshot record_flow_run adopt_flow_run hint_runs set_ceilings set_pending_reasons intend_pod record_pod lose_pod
           expire_leases end_pod fail_job known_pods record_duplicate pod_of_proxy abandon_run request_shutdown mark_mirrored known_runs expire_scripts expire_events
           get_budget publish_catalogue note_refusal clear_refusal'),

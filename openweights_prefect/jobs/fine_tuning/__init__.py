@@ -1,1 +1,1 @@
-"""Supervised fine-tuning with LoRA."""
+"""Fine-tuning jobs: their parameters."""

@@ -1,0 +1,1 @@
+"""Parameters of weighted fine-tuning jobs."""
