@@ -8,21 +8,15 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import pirate
+from program import HERE, in_job_environment, one_line
 from pydantic import BaseModel
 
 from openweights_prefect import Jobs, OpenWeights, register
-from openweights_prefect.errors import ConfigurationError, OpenWeightsError
-from openweights_prefect.settings import Settings
-
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-
-import pirate  # noqa: E402
+from openweights_prefect.errors import OpenWeightsError
 
 PROMPTS = ["What is the capital of Portugal?", "How do I make tea?", "Why do people sleep?"]
 
@@ -103,20 +97,6 @@ def main() -> None:
     print(f"Custom job {addition.id}: 5 + 9 = {ow.events.latest(['result'], job_id=addition.id)['result']}")
 
 
-def in_job_environment(script: str, *arguments: str, text: str | None = None) -> str:
-    """Run a script of this folder with the interpreter that has torch, and return what it printed."""
-    python = Settings.load().job_python
-    if not python:
-        raise ConfigurationError(
-            "OW_JOB_PYTHON is not set: no job environment is known. Run `make quickstart`."
-        )
-    command = [python, str(HERE / script), *arguments]
-    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise OpenWeightsError(f"{script!r} ended with code {done.returncode}:\n{done.stderr[-2000:]}")
-    return done.stdout
-
-
 def plot(losses: list[tuple[int, float]], path: Path) -> Path:
     """Save the loss curve."""
     import matplotlib as mpl  # Slow to import, and needed only at the end.
@@ -130,11 +110,6 @@ def plot(losses: list[tuple[int, float]], path: Path) -> Path:
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120, bbox_inches="tight")
     return path
-
-
-def one_line(text: str) -> str:
-    """The start of an answer, on one line."""
-    return " ".join(text.split())[:160]
 
 
 if __name__ == "__main__":
