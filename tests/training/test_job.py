@@ -124,3 +124,22 @@ def test_a_lost_run_does_not_train_again_to_push(
         assert again.keys() == pushed.keys()
         assert again["model.safetensors"] == pushed["model.safetensors"]
     assert (workdir / "uploads/adapter/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("token", [None, "hf_wrong"])
+def test_a_push_that_is_bound_to_fail_fails_before_training(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], token: str | None
+) -> None:
+    """And not after hours of it."""
+    lay_out(workdir, chats(8), push=True, finetuned_model_id="org/tuned")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    if token is not None:
+        monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with HubDouble(token="hf_secret") as hub, recording(monkeypatch, workdir) as told:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.endpoint)
+        assert train.main([]) == 1
+        assert not told.events(tag="train")
+    said = capsys.readouterr()
+    assert "HF_TOKEN" in said.err
+    assert "hf_wrong" not in said.out + said.err

@@ -159,6 +159,8 @@ def _train(folder: Path, kind: str, params: FineTuningParams, files: Mapping[str
             publisher.push(*load_result(params, device, publisher.result), history=earlier)
         return
 
+    if launch.rank() == 0:
+        publisher.check()
     telemetry = Telemetry(run, earlier=earlier)
     checkpoints = Checkpoints(
         CheckpointStore(run, flush=telemetry.flush, say=telemetry.say),

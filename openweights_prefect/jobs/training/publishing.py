@@ -60,6 +60,11 @@ class Publisher:
         if self._params.push:
             keep_result(self._run, folder)
 
+    def check(self) -> None:
+        """Raise now, and not after hours of training, what would keep the result from being pushed."""
+        if self._params.push:
+            hub.check(self._params, token=os.environ.get("HF_TOKEN"))
+
     def push(self, model: Any, tokenizer: Any, *, history: Sequence[Mapping[str, Any]]) -> None:
         """Push the result, merged if that was asked for; uses up `model`.
 
