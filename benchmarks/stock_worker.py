@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Self
 import httpx
 
 from openweights_prefect.errors import StackError
+from openweights_prefect.settings import Settings
 from openweights_prefect.stack import health, processes
 
 _POOL = "stock-process"
@@ -162,7 +163,8 @@ class StockWorker:
         self._deployment = deployment["id"]
 
     def _is_online(self) -> bool:
-        return any(health.is_online(worker) for worker in health.prefect_workers(self._api_url, _POOL))
+        settings = Settings(prefect_api_url=self._api_url, work_pool=_POOL)
+        return any(health.is_online(worker) for worker in health.prefect_workers(settings))
 
     def _is_final(self, run: StockRun) -> bool:
         state = self._client.get(f"/flow_runs/{run.id}").raise_for_status().json()["state"]

@@ -93,7 +93,7 @@ class Observer:
         self._purchases.learn(snapshot["refusals"])
         waiting = {row["job_id"] for row in rows}
         self._not_before = {job: at for job, at in self._not_before.items() if job in waiting}
-        ceilings = self._ceilings(rows)
+        ceilings = self._ceilings(rows, snapshot)
         room = max(0, _MOST_RELEASED - snapshot["released"])
         await self._create_flow_runs([row for row in rows if row["run_id"] is None][:room], ceilings)
         buying |= {*self._buying}
@@ -111,12 +111,21 @@ class Observer:
         plan.reasons.update(held)
         await self._carry_out(plan, {row["job_id"]: row["pending_reason"] for row in rows})
 
-    def _ceilings(self, rows: Sequence[Row]) -> dict[str, float | None]:
-        """By job: what a warm pod may cost to be worth taking."""
+    def _ceilings(self, rows: Sequence[Row], snapshot: Row) -> dict[str, float | None]:
+        """By job: what a warm pod may cost to be worth taking; one that was bought for them is worth it."""
+        waiting = {row["job_id"] for row in rows}
+        bought = {
+            pod["id"]: float(pod["price_per_hour"])
+            for pod in snapshot["pods"]
+            if pod["status"] == "starting" or pod["bought_for"] in waiting
+        }
         known: dict[str, float | None] = {}
         for row in rows:
-            if row["needs_class"] not in known:
-                known[row["needs_class"]] = self._purchases.ceiling(Needs.from_row(row))
+            kind = row["needs_class"]
+            if kind not in known:
+                ceiling = self._purchases.ceiling(Needs.from_row(row))
+                prices = [bought[pod] for pod in snapshot["fitting"].get(kind, ()) if pod in bought]
+                known[kind] = None if ceiling is None else max([ceiling, *prices])
         return {row["job_id"]: 0.0 if self._pool.paused else known[row["needs_class"]] for row in rows}
 
     async def _set_ceilings(self, rows: Sequence[Row], ceilings: Mapping[str, float | None]) -> None:
